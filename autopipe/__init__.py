@@ -1,0 +1,1 @@
+"""Pipeline parallelism for any PyTorch model, unchanged."""

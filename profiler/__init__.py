@@ -1,0 +1,1 @@
+"""Profiles any `torch.fx.GraphModule`, node by node."""
