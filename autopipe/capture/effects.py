@@ -1,0 +1,105 @@
+"""What a recorded node does beside returning a value: storages that it touches and writes, random numbers that it draws.
+
+From the writes follow the groups of nodes that must stay on one stage and in order: a tensor that is written in place,
+its views, and whoever reads them before the last write, or afterwards through a name that is older than the write.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autopipe.capture.compat import storage_key
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Every tensor in nested containers."""
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices whether an operator that draws random numbers has run since `drawn` was last cleared."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn = True
+        return func(*args, **(kwargs or {}))
+
+
+class Effects:
+    """Collects the effects of nodes as they run; `finish` writes `meta["writes"]`, `meta["random"]` and `meta["group"]`.
+
+    The tensors seen are kept alive, so that the key of a storage stays its own.
+    """
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+        self._touched: dict[int, list[fx.Node]] = defaultdict(list)
+        self._writers: dict[int, list[fx.Node]] = defaultdict(list)
+
+    def before(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+        """The versions of the tensors that a node is about to read."""
+        return [(t, t._version) for t in tensors if not t.is_inference()]
+
+    def after(self, node: fx.Node, seen: list[tuple[Tensor, int]], out: Any, hidden: Iterable[Tensor] = ()) -> None:
+        """Notes which storages the node has touched, and which it wrote; `hidden`: written without a new version."""
+        outs = tensors_in(out)
+        self._alive += [t for t, _ in seen]
+        self._alive += outs
+        for key in {storage_key(t) for t in [*(t for t, _ in seen), *outs]} - {None}:
+            self._touched[key].append(node)  # type: ignore[index]
+        written = [t for t, version in seen if t._version != version] + list(hidden)
+        for key in {storage_key(t) for t in written} - {None}:
+            self._writers[key].append(node)  # type: ignore[index]
+            node.meta["writes"] = True
+
+    def finish(self, graph: fx.Graph) -> None:
+        """Gives a group name to nodes that must not be separated."""
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        parent: dict[fx.Node, fx.Node] = {}
+
+        def find(n: fx.Node) -> fx.Node:
+            while parent.setdefault(n, n) is not n:
+                n = parent[n]
+            return n
+
+        for key, writers in self._writers.items():
+            members = self._members(key, writers, order)
+            for n in members[1:]:
+                a, b = sorted((find(members[0]), find(n)), key=lambda m: order[m])
+                parent[b] = a
+        sizes: dict[fx.Node, int] = defaultdict(int)
+        for n in parent:
+            sizes[find(n)] += 1
+        for n in parent:
+            if sizes[find(n)] > 1:
+                n.meta["group"] = find(n).name
+
+    def _members(self, key: int, writers: list[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+        """The nodes that must stay with the writes to one storage."""
+        touched = [n for n in self._touched[key] if n in order]
+        aliases = set(touched)
+        last = max((order[n] for n in writers if n in order), default=-1)
+        names_after = {n for n in writers if order.get(n, -1) == last}
+        stale = aliases - names_after
+        members = []
+        for n in touched:
+            after_through_new_name = order[n] > last and not any(
+                i in stale and order[i] <= last for i in _alias_inputs(n, key)
+            )
+            if not after_through_new_name:
+                members.append(n)
+        return [n for n in members if n.op not in ("placeholder", "get_attr", "output")]
+
+
+def _alias_inputs(node: fx.Node, key: int) -> list[fx.Node]:
+    """The inputs of a node whose value may lie in the storage."""
+    return [i for i in node.all_input_nodes if key in {storage_key(t) for t in tensors_in(i.meta.get("val"))}]

@@ -1,0 +1,301 @@
+"""One recording of a model: fake tensors in the place of its parameters, its forward run once, the graph made from what was called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from autopipe.capture.captured import Captured
+from autopipe.capture.compat import compiling_flag, register_dataclass, swap_parameters
+from autopipe.capture.loss import LOSS_MODULE, LossFunction, LossModule, find_loss
+from autopipe.capture.modules import ModuleCalls, has_hooks, real_like
+from autopipe.capture.recorder import Recorder, Untraceable, guard
+from autopipe.capture.regions import emit_regions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How the model is called: a micro-batch as `model(*args, **kwargs)` takes it, and the loss function with its target."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss_fn: LossFunction | None = None
+    target: Any = None
+
+
+class TraceFailure(Exception):
+    """A recording failed; `module` is the FQN of the innermost module that was running, None outside all modules."""
+
+    def __init__(self, cause: Exception, module: str | None) -> None:
+        super().__init__(str(cause))
+        self.cause, self.module = cause, module
+
+
+State = dict[tuple[str, str], Any]
+
+
+def trace(
+    model: nn.Module,
+    call: Call,
+    *,
+    opaque: frozenset[str] = frozenset(),
+    compiling: bool = False,
+    guarded: bool = False,
+) -> Captured:
+    """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not steer it.
+
+    Args:
+        opaque: modules to keep whole.
+        compiling: let `torch.compiler.is_compiling()` be true meanwhile.
+        guarded: run on the real tensors, and record values that Python reads as equality guards.
+
+    Raises:
+        TraceFailure: the model's Python could not be run this way, or its next call would be another graph.
+    """
+    captured, state = _record(model, call, {}, opaque=opaque, compiling=compiling, guarded=guarded)
+    state = {key: value for key, value in state.items() if key[0] not in opaque}
+    if state:
+        again, _ = _record(model, call, state, opaque=opaque, compiling=compiling, guarded=guarded)
+        if again.graph_hash != captured.graph_hash:
+            module, attribute = next(iter(state))
+            cause = Untraceable(
+                f"attribute {attribute!r} of module {module!r}, which forward changes, steers what the next call computes"
+            )
+            raise TraceFailure(cause, module)
+    return captured
+
+
+def _record(
+    model: nn.Module,
+    call: Call,
+    start: State,
+    *,
+    opaque: frozenset[str],
+    compiling: bool,
+    guarded: bool,
+) -> tuple[Captured, State]:
+    """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call changed too.
+
+    Raises:
+        TraceFailure: the model's Python could not be run this way.
+    """
+    fake_mode = None if guarded else FakeTensorMode(allow_non_fake_inputs=True)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    originals = dict(named)
+    names, first = {}, dict[int, str]()
+    for name, tensor in named:
+        names[name] = first.setdefault(id(tensor), name)
+    stand_ins = {name: _stand_in(fake_mode, originals[name]) for name in set(names.values())}
+    swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
+    recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, guarded)
+    calls = ModuleCalls(recorder, model, opaque, originals, fake_mode)
+    (args, kwargs), target, inputs = _inputs(recorder, fake_mode, call)
+    with contextlib.ExitStack() as stack:
+        changed = stack.enter_context(_restored_attributes(model, start))
+        stack.enter_context(compiling_flag(compiling))
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+        stack.enter_context(swap_parameters(model, swapped))
+        stack.enter_context(calls.recording())
+        try:
+            with recorder:
+                output = model(*args, **kwargs)
+                _copy_back_buffers(model, swapped)
+                leaves, out_spec = flatten_output(output)
+                loss = find_loss(output, leaves)
+                modules: dict[str, nn.Module] = {}
+                if call.loss_fn is not None:
+                    modules[LOSS_MODULE] = LossModule(call.loss_fn, out_spec, pytree.tree_structure(target))
+                    leaves.append(
+                        _record_loss(recorder, modules[LOSS_MODULE], leaves, pytree.tree_leaves(target), fake_mode)
+                    )
+                    loss = len(leaves) - 1
+                results = [recorder.node_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        except Exception as cause:
+            raise TraceFailure(cause, calls.failed) from cause
+    recorder.graph.output(results)
+    tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    recorder.effects.finish(recorder.graph)
+    _remove_dead_code(recorder.graph, model, opaque)
+    emit_regions(recorder.graph)
+    captured = Captured(
+        graph_module=graph_module(model, recorder.graph, recorder.constants, modules),
+        out_spec=out_spec,
+        out_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
+        loss=None if loss is None else tensor_positions.index(loss),
+        names=names,
+        route="guarded" if guarded else "opaque" if opaque else "recorded, compiling" if compiling else "recorded",
+        **inputs,
+    )
+    return captured, changed
+
+
+def _stand_in(fake_mode: FakeTensorMode | None, tensor: Tensor) -> Tensor:
+    """The fake twin of a tensor; of one on the meta device, a twin on the CPU."""
+    if fake_mode is None:
+        return tensor
+    if tensor.device.type != "meta":
+        return fake_mode.from_tensor(tensor, static_shapes=True)
+    with fake_mode:
+        twin: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        return twin.requires_grad_(tensor.requires_grad)
+
+
+def _inputs(recorder: Recorder, fake_mode: FakeTensorMode | None, call: Call) -> tuple[Any, Any, dict[str, Any]]:
+    """Placeholders for the tensors of the call. Returns (args, kwargs) and target as the recorded call sees them, and fields of Captured."""
+    given: tuple[Any, ...] = (call.args, dict(call.kwargs))
+    if call.loss_fn is not None:
+        given = (*given, call.target)
+    paths, spec = pytree.tree_flatten_with_path(given)
+    values, constants, input_names = [], {}, []
+    for i, (path, leaf) in enumerate(paths):
+        input_names.append(_input_name(path))
+        if not isinstance(leaf, Tensor):
+            constants[i] = leaf
+            values.append(leaf)
+            continue
+        value: Tensor
+        if fake_mode is not None:
+            value = fake_mode.from_tensor(leaf, static_shapes=True)
+        else:
+            value = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        recorder.placeholder(f"input_{i}", value)
+        values.append(value)
+    rebuilt = pytree.tree_unflatten(values, spec)
+    in_spec = pytree.tree_structure((call.args, dict(call.kwargs)))
+    fields = {"in_spec": in_spec, "constants": constants, "input_names": tuple(input_names)}
+    return rebuilt[:2], rebuilt[2] if len(rebuilt) > 2 else None, fields
+
+
+def _input_name(path: tuple[Any, ...]) -> str:
+    head, rest = path[0].idx, path[1:]
+    if head == 2:
+        return "target" + "".join(map(str, rest))
+    if head == 0:
+        return "args" + "".join(map(str, rest))
+    return str(getattr(rest[0], "key", rest[0])) + "".join(map(str, rest[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """Stands in an output for an object whose tensors a graph cannot see, such as a key-value cache."""
+
+    type_name: str
+
+
+def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The output's leaves; dataclasses that nobody registered become pytree nodes."""
+    leaves, spec = pytree.tree_flatten(output)
+    unknown = [x for x in leaves if hasattr(type(x), "__dataclass_fields__")]
+    if unknown:
+        for value in unknown:
+            register_dataclass(type(value))
+        return flatten_output(output)
+    plain = (Tensor, int, float, complex, bool, str, bytes, torch.dtype, torch.device, type(None))
+    return [leaf if isinstance(leaf, plain) else Unseen(type(leaf).__name__) for leaf in leaves], spec
+
+
+def _record_loss(
+    recorder: Recorder, module: nn.Module, outputs: list[Any], targets: list[Any], fake_mode: FakeTensorMode | None
+) -> Tensor:
+    def run() -> Any:
+        try:
+            return module(outputs, targets)
+        except (
+            torch._subclasses.fake_tensor.DataDependentOutputException,
+            torch._subclasses.fake_tensor.DynamicOutputShapeException,
+        ):
+            assert fake_mode is not None
+            # The function reads values: it is run on made-up tensors, only to learn that it gives a scalar.
+            return real_like(lambda a, k: module(*a, **k), (outputs, targets), {}, fake_mode)
+
+    loss: Tensor = recorder.record("call_module", LOSS_MODULE, (outputs, targets), {}, run)
+    return loss
+
+
+def _copy_back_buffers(model: nn.Module, swapped: Mapping[str, Tensor]) -> None:
+    """A buffer that forward assigned anew becomes a copy into the buffer that there was."""
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        old = swapped.get(name)
+        if old is None or buffer is old:
+            continue
+        if buffer.shape != old.shape:
+            raise Untraceable(
+                f"buffer {name!r} replaced by one of another shape ({tuple(old.shape)} by {tuple(buffer.shape)})"
+            )
+        with torch.no_grad():
+            old.copy_(buffer)
+
+
+@contextlib.contextmanager
+def _restored_attributes(model: nn.Module, start: State) -> Iterator[State]:
+    """Puts back what forward assigned to attributes of modules, so that no fake tensor stays in the model.
+
+    Gives the attributes of plain values that forward changed, when the context has ended.
+    """
+    before = [(name, m, dict(m.__dict__)) for name, m in model.named_modules()]
+    changed: State = {}
+    for name, module, _ in before:
+        module.__dict__.update({attribute: value for (owner, attribute), value in start.items() if owner == name})
+    try:
+        yield changed
+    finally:
+        for name, module, attributes in before:
+            for key, value in list(module.__dict__.items()):
+                if key not in attributes:
+                    del module.__dict__[key]
+                elif isinstance(value, (int, float, str, bool)) and value != attributes[key]:
+                    changed[name, key] = value
+            module.__dict__.update(attributes)
+
+
+def _remove_dead_code(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> None:
+    """Removes nodes without effect; writes, random draws and modules with code of their own stay."""
+
+    def has_effect(node: fx.Node) -> bool:
+        if (
+            node.op in ("placeholder", "output")
+            or node.meta.get("writes")
+            or node.meta.get("random")
+            or node.target is guard
+        ):
+            return True
+        if node.op == "call_module" and node.target != LOSS_MODULE:
+            return node.target in opaque or has_hooks(model.get_submodule(str(node.target)))
+        return False
+
+    graph.eliminate_dead_code(is_impure_node=has_effect)
+
+
+def graph_module(
+    model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> fx.GraphModule:
+    """A GraphModule over the model's own submodules, parameters and buffers; constants become buffers outside its state dict."""
+    tensors = (
+        dict(model.named_parameters(remove_duplicate=False))
+        | dict(model.named_buffers(remove_duplicate=False))
+        | dict(constants)
+    )
+    root: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            root[node.target] = tensors[node.target]
+        elif node.op == "call_module":
+            root[node.target] = modules.get(node.target) or model.get_submodule(node.target)
+    result = fx.GraphModule(root, graph, type(model).__name__)
+    result.training = model.training
+    persistent = set(model.state_dict(keep_vars=True))
+    for name in root:
+        if isinstance(root[name], Tensor) and not isinstance(root[name], nn.Parameter) and name not in persistent:
+            parent, _, field = name.rpartition(".")
+            result.get_submodule(parent)._non_persistent_buffers_set.add(field)
+    return result
