@@ -12,6 +12,7 @@ __all__ = [
     "PartitionError",
     "PlanError",
     "ProfileError",
+    "ScheduleError",
 ]
 
 
@@ -29,6 +30,10 @@ class PlanError(AutopipeError, ValueError):
 
 class EngineError(AutopipeError, RuntimeError):
     """A training or evaluation step failed on some rank."""
+
+
+class ScheduleError(EngineError):
+    """A schedule would lose a tensor, use one before it arrives, or deadlock; found before the first step runs."""
 
 
 class CheckpointError(AutopipeError):

@@ -1,0 +1,109 @@
+"""A kind of schedule, a stage graph and costs go in; the actions of every rank, taken from one global order, come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from autopipe.errors import ScheduleError
+from autopipe.schedule.actions import Action, Edge, Schedule, restrict
+from autopipe.schedule.costs import Costs
+from autopipe.schedule.orders import ORDERS
+from autopipe.schedule.program import Program, issue_times_us, unroll
+
+
+def build_schedule(
+    kind: str,
+    num_stages: int,
+    num_microbatches: int,
+    edges: Iterable[Edge],
+    *,
+    costs: Costs | None = None,
+    reductions: Iterable[Sequence[int]] = (),
+) -> Schedule:
+    """The schedule of `num_microbatches` micro-batches over `num_stages` stages.
+
+    The lists of the ranks are restrictions of one topological order of all computes, transfers and reductions, so that no order
+    of queues can deadlock: the smallest unfinished event can always run. That order is taken from a simulation with `costs`;
+    wrong costs make it slower, never wrong. Every rank must pass the same arguments.
+
+    Args:
+        kind: `1f1b`, `gpipe`, or `forward` (no backward: evaluation).
+        num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
+        edges: which stages send to which, each pair once.
+        costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.
+        reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of them.
+
+    Raises:
+        ScheduleError: an unknown kind, no stage or no micro-batch, an edge or a group that the stages do not have.
+    """
+    edges = tuple(sorted(edges))
+    groups = tuple(tuple(sorted(set(group))) for group in reductions)
+    _validate(kind, num_stages, num_microbatches, edges, groups)
+    orders = ORDERS[kind](num_stages, num_microbatches)
+    program = unroll(orders, edges, forward_only=kind == "forward")
+    times = issue_times_us(program, costs or Costs.default(num_stages, edges))
+    order = _global_order(program, times, () if kind == "forward" else groups)
+    return Schedule(
+        kind=kind,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        edges=edges,
+        reductions=() if kind == "forward" else groups,
+        actions=restrict(order, len(orders), groups),
+        order=order,
+    )
+
+
+def _global_order(program: Program, times: list[float], groups: tuple[tuple[int, ...], ...]) -> tuple[Action, ...]:
+    """Events by time, where equal in the topological order of the program; each reduction after its last backward."""
+    by_time = sorted(range(len(times)), key=times.__getitem__)
+    last_backward: dict[int, int] = {}
+    for position, index in enumerate(by_time):
+        if program.events[index].kind in ("B", "I", "W"):
+            last_backward[program.events[index].stage] = position
+    due: dict[int, list[int]] = {}
+    for group, stages in enumerate(groups):
+        due.setdefault(max(last_backward[s] for s in stages), []).append(group)
+    order: list[Action] = []
+    for position, index in enumerate(by_time):
+        order.append(program.events[index])
+        order += [Action("REDUCE_GRAD", groups[g][0], g) for g in due.get(position, ())]
+    return tuple(order)
+
+
+def _validate(
+    kind: str,
+    num_stages: int,
+    num_microbatches: int,
+    edges: tuple[Edge, ...],
+    groups: tuple[tuple[int, ...], ...],
+) -> None:
+    if kind not in ORDERS:
+        raise ScheduleError(
+            f"schedule {kind!r}", expected=f"one of {', '.join(ORDERS)}", remedy="choose one of these schedules"
+        )
+    for name, number in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
+        if number < 1:
+            raise ScheduleError(f"{name} = {number}", expected="at least 1", remedy=f"pass a positive {name}")
+    pairs = [(e.source, e.target) for e in edges]
+    for pair in pairs:
+        if not 0 <= pair[0] < pair[1] < num_stages:
+            raise ScheduleError(
+                f"an edge from stage {pair[0]} to {pair[1]}",
+                expected=f"an earlier and a later of {num_stages} stages",
+                remedy="number the stages in topological order",
+            )
+    if len(set(pairs)) < len(pairs):
+        twice = next(p for p in pairs if pairs.count(p) > 1)
+        raise ScheduleError(
+            f"the edge from stage {twice[0]} to {twice[1]} twice",
+            expected="each pair of stages once",
+            remedy="move all tensors between two stages over one edge",
+        )
+    for stages in groups:
+        if not stages or not all(0 <= s < num_stages for s in stages):
+            raise ScheduleError(
+                f"the reduction group {stages}",
+                expected=f"stages from 0 to {num_stages - 1}",
+                remedy="name the stages that hold the tied parameter",
+            )

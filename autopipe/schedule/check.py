@@ -1,0 +1,192 @@
+"""A schedule goes in; it is proved to lose nothing, to use nothing too early and to be free of deadlock, or an error names the fault.
+
+Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue for computes
+and transfers alike. If the lists run to their end under this reading, the order in which they ran is a topological order that
+every list follows, so that under any wider reading (a queue a rank, a pair of ranks, or an edge) the earliest unfinished
+event of that order is always enabled, and the schedule ends too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from autopipe.errors import ScheduleError
+from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
+from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of, phase
+
+Flow = tuple[Kind, int, int]
+"""The messages of an edge in one direction: the kind of its sends, the sending and the receiving stage."""
+
+REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same arguments on every rank"
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Proves a schedule, in time linear in its number of actions.
+
+    Proved: every compute runs once, a backward after its forward; every tensor is sent once and received once, in the same
+    sequence at both ends of an edge; nothing is used before it arrives; at most two receives of an edge wait for their compute;
+    live activations stay within the bound of the schedule's kind; each reduction follows the last backward; no deadlock under
+    blocking sends and any layout of first-in-first-out queues; the lists are restrictions of the one global order.
+
+    Raises:
+        ScheduleError: the first fault found, with the rank and the action.
+    """
+    _check_computes(schedule)
+    _check_transfers(schedule)
+    for rank, actions in enumerate(schedule.actions):
+        _check_rank(schedule, rank, actions)
+    _check_reductions(schedule)
+    _check_deadlock(schedule)
+    if restrict(schedule.order, schedule.num_ranks, schedule.reductions) != schedule.actions:
+        raise _fault("lists that differ from the global order", "each list a restriction of it", "Schedule.order")
+
+
+def live_bound(kind: str, num_stages: int, num_ranks: int, num_microbatches: int, rank: int) -> int:
+    """The most activations of one stage that may be alive at once, counted in micro-batches."""
+    if kind in ("1f1b", "zb-h1"):
+        return min(num_stages - rank, num_microbatches)
+    return num_microbatches
+
+
+def _fault(got: str, expected: str, where: str) -> ScheduleError:
+    return ScheduleError(got, expected=expected, where=where, remedy=REMEDY)
+
+
+def _check_computes(schedule: Schedule) -> None:
+    counts = Counter((a.kind, a.stage, a.microbatch) for actions in schedule.actions for a in actions)
+    kinds: tuple[Kind, ...] = ("F", "B")
+    if schedule.kind == "forward":
+        kinds = ("F",)
+    elif any(kind in ("I", "W") for kind, _, _ in counts):
+        kinds = ("F", "I", "W")
+    wanted = {(k, s, m) for k in kinds for s in range(schedule.num_stages) for m in range(schedule.num_microbatches)}
+    for key in sorted(wanted):
+        if counts[key] != 1:
+            raise _fault(f"{Action(*key)} {counts[key]} times", "every compute once", f"stage {key[1]}")
+    for rank, actions in enumerate(schedule.actions):
+        for action in actions:
+            if action.kind in ("F", "B", "I", "W") and (action.kind, action.stage, action.microbatch) not in wanted:
+                raise _fault(f"{action}", "computes of this schedule only", f"rank {rank}")
+            if schedule.rank_of(action.stage) != rank:
+                raise _fault(f"{action}", f"rank {schedule.rank_of(action.stage)}", f"rank {rank}")
+
+
+def _check_transfers(schedule: Schedule) -> None:
+    sent: dict[Flow, list[int]] = defaultdict(list)
+    received: dict[Flow, list[int]] = defaultdict(list)
+    for actions in schedule.actions:
+        for a in actions:
+            if a.kind in RECEIVE_OF:
+                sent[a.kind, a.stage, a.peer].append(a.microbatch)
+            elif a.kind in SEND_OF:
+                received[SEND_OF[a.kind], a.peer, a.stage].append(a.microbatch)
+    flows = set(_flows(schedule))
+    for flow in sorted(flows | sent.keys() | received.keys()):
+        where = f"{flow[0]} from stage {flow[1]} to {flow[2]}"
+        if flow not in flows:
+            raise _fault("a transfer", "none: the stage graph has no such edge", where)
+        for done, microbatches in (("sent", sent[flow]), ("received", received[flow])):
+            counts = Counter(microbatches)
+            for m in range(schedule.num_microbatches):
+                if counts[m] != 1:
+                    raise _fault(f"micro-batch {m} {done} {counts[m]} times", "once", where)
+            if len(counts) > schedule.num_microbatches:
+                raise _fault(f"micro-batch {max(counts)} {done}", f"{schedule.num_microbatches} of them", where)
+        if sent[flow] != received[flow]:
+            first = next(i for i, (s, r) in enumerate(zip(sent[flow], received[flow], strict=True)) if s != r)
+            got = f"micro-batch {sent[flow][first]} sent and {received[flow][first]} received as number {first}"
+            raise _fault(got, "the same sequence at both ends", where)
+
+
+def _flows(schedule: Schedule) -> list[Flow]:
+    edges = [e for e in schedule.edges if not schedule.is_local(e)]
+    return flows_of(edges, schedule.kind == "forward")
+
+
+def _check_rank(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
+    """What one rank's list must satisfy by itself: order of uses, posted receives, live activations."""
+    inward: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
+    for flow in _flows(schedule):
+        inward[flow[0], flow[2]].append(flow)
+    posted: dict[Flow, set[int]] = defaultdict(set)
+    computed: set[tuple[Kind | None, int, int]] = set()
+    inputs_done: set[tuple[int, int]] = set()
+    live: Counter[int] = Counter()
+    bound = live_bound(schedule.kind, schedule.num_stages, schedule.num_ranks, schedule.num_microbatches, rank)
+    for a in actions:
+        where = f"rank {rank}, {a}"
+        if a.kind in SEND_OF:
+            waiting = posted[SEND_OF[a.kind], a.peer, a.stage]
+            waiting.add(a.microbatch)
+            if len(waiting) > MAX_POSTED_RECEIVES:
+                raise _fault(f"{len(waiting)} receives posted", f"at most {MAX_POSTED_RECEIVES} ahead of use", where)
+        elif a.kind in RECEIVE_OF:
+            if (a.kind, a.stage, a.microbatch) not in computed:
+                raise _fault("a send before its tensor is computed", "the compute first", where)
+        elif a.kind == "W":
+            if (a.stage, a.microbatch) not in inputs_done:
+                raise _fault("weight gradients before the gradient of the inputs", "I before W", where)
+            live[a.stage] -= 1
+        elif a.kind != "REDUCE_GRAD":
+            for flow in inward[phase(a.kind), a.stage]:
+                if a.microbatch not in posted[flow]:
+                    raise _fault(f"a use before the receive from stage {flow[1]}", "the receive first", where)
+                posted[flow].discard(a.microbatch)
+            computed.add((phase(a.kind), a.stage, a.microbatch))
+            if a.kind == "F":
+                live[a.stage] += 1
+                if schedule.kind != "forward" and live[a.stage] > bound:
+                    raise _fault(f"{live[a.stage]} live activations", f"at most {bound}", where)
+            else:
+                if ("SEND_F", a.stage, a.microbatch) not in computed:
+                    raise _fault("a backward before its forward", "F first", where)
+                inputs_done.add((a.stage, a.microbatch))
+                live[a.stage] -= a.kind == "B"
+
+
+def _check_reductions(schedule: Schedule) -> None:
+    if schedule.kind == "forward" and schedule.reductions:
+        raise _fault("gradient reductions", "none in a forward-only schedule", "Schedule.reductions")
+    wanted = {
+        action
+        for group, stages in enumerate(schedule.reductions)
+        for action in sides(Action("REDUCE_GRAD", stages[0], group), schedule.num_ranks, schedule.reductions)
+    }
+    for rank, actions in enumerate(schedule.actions):
+        last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "I", "W")}
+        found = Counter(a for a in actions if a.kind == "REDUCE_GRAD")
+        for action in sorted((a for a in wanted if schedule.rank_of(a.stage) == rank), key=lambda a: a.microbatch):
+            if found.pop(action, 0) != 1:
+                raise _fault(f"not one {action}", "one in the list of every member", f"rank {rank}")
+            members = [s for s in schedule.reductions[action.microbatch] if schedule.rank_of(s) == rank]
+            if actions.index(action) < max(last[s] for s in members):
+                raise _fault(f"{action} before the last backward", "the last backward first", f"rank {rank}")
+        if found:
+            raise _fault(f"{next(iter(found))}", "reductions of this schedule only", f"rank {rank}")
+
+
+def _check_deadlock(schedule: Schedule) -> None:
+    """Plays the lists with one queue a rank and blocking sends: an event runs when all its ranks have reached it."""
+    position = [0] * schedule.num_ranks
+    runnable = list(range(schedule.num_ranks))
+    while runnable:
+        rank = runnable.pop()
+        while position[rank] < len(schedule.actions[rank]):
+            action = schedule.actions[rank][position[rank]]
+            event = action.matching if action.kind in SEND_OF else action
+            parts = list(sides(event, schedule.num_ranks, schedule.reductions))
+            ranks = [schedule.rank_of(part.stage) for part in parts]
+            if any(_head(schedule, position, r) != part for r, part in zip(ranks, parts, strict=True)):
+                break
+            for r in ranks:
+                position[r] += 1
+            runnable += [r for r in ranks if r != rank]
+    stuck = [r for r in range(schedule.num_ranks) if position[r] < len(schedule.actions[r])]
+    if stuck:
+        waits = ", ".join(f"rank {r} in {_head(schedule, position, r)}" for r in stuck)
+        raise _fault(f"a circular wait: {waits}", "an order in which every action can run", "Schedule.actions")
+
+
+def _head(schedule: Schedule, position: list[int], rank: int) -> Action | None:
+    actions = schedule.actions[rank]
+    return actions[position[rank]] if position[rank] < len(actions) else None

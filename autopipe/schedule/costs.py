@@ -1,0 +1,62 @@
+"""What a schedule costs: times of stages and links, bytes of activations, all for one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Self
+
+from autopipe.schedule.actions import Action, Edge
+
+Link = tuple[float, float | None]
+"""How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
+
+DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Costs of one micro-batch.
+
+    Attributes:
+        forward_us, backward_us: compute time of each stage, what is not hidden of its transfers included.
+        links: for each (source, target), how long a transfer holds the link, forward and back.
+        activation_bytes: what each stage keeps from the forward of a micro-batch to its backward.
+        static_bytes: what each stage holds all the time.
+        weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
+    """
+
+    forward_us: tuple[float, ...]
+    backward_us: tuple[float, ...]
+    links: Mapping[tuple[int, int], Link] = field(default_factory=lambda: MappingProxyType({}))
+    activation_bytes: tuple[int, ...] = ()
+    static_bytes: tuple[int, ...] = ()
+    weight_share: float = 0.5
+
+    @classmethod
+    def default(cls, num_stages: int, edges: Iterable[Edge]) -> Self:
+        """Even stages whose backward takes twice the forward, and fast links: for a schedule made without a plan."""
+        return cls(
+            forward_us=(DEFAULT_FORWARD_US,) * num_stages,
+            backward_us=(DEFAULT_BACKWARD_US,) * num_stages,
+            links={(e.source, e.target): (DEFAULT_LINK_US, DEFAULT_LINK_US) for e in edges},
+        )
+
+    def duration_us(self, action: Action) -> float:
+        """How long a compute holds its rank, or a send its link; 0 for a reduction and for a link without a cost."""
+        match action.kind:
+            case "F":
+                return self.forward_us[action.stage]
+            case "B":
+                return self.backward_us[action.stage]
+            case "I":
+                return self.backward_us[action.stage] * (1 - self.weight_share)
+            case "W":
+                return self.backward_us[action.stage] * self.weight_share
+            case "SEND_F":
+                return self.links.get((action.stage, action.peer), (0.0, 0.0))[0]
+            case "SEND_B":
+                return self.links.get((action.peer, action.stage), (0.0, 0.0))[1] or 0.0
+            case _:
+                return 0.0
