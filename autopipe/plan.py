@@ -89,6 +89,9 @@ class Plan:
         ties: for each parameter that several stages read, its name and these stages.
         step_us: simulated time of a training step (all micro-batches, forward and backward), optimizer apart.
         lower_bound_us: no split into this many stages can be faster under the cost model.
+        objective: what was made small: `step`, the simulated step, or `bottleneck`, the largest load of a stage.
+        bottleneck_us: the largest load: compute of one micro-batch on a stage, and its transfers that are not hidden.
+        bottleneck_bound_us: no split into this many stages has a smaller largest load.
         proved: the plan is optimal under its objective and the cost model.
         bubble: the share of the devices' time in a step in which they wait, from 0 to 1.
         imbalance: compute time of the slowest stage over the mean of all stages, minus 1.
@@ -111,6 +114,9 @@ class Plan:
     ties: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     step_us: float = 0.0
     lower_bound_us: float = 0.0
+    objective: str = "step"
+    bottleneck_us: float = 0.0
+    bottleneck_bound_us: float = 0.0
     proved: bool = False
     bubble: float = 0.0
     imbalance: float = 0.0

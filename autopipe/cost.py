@@ -1,0 +1,351 @@
+"""A profile and a link become a `CostGraph`: arrays of times, bytes and tensors, from which the cost of any stage follows.
+
+Nodes that may not be cut apart (`NodeProfile.group`, groups that the caller adds, and the cycles that merging them makes)
+are one node of the graph; its nodes are numbered in a topological order close to that of the profile.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiler.records import LinkProfile, Profile
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+DEFAULT_LINK = LinkProfile(latency_us=10.0, bytes_per_us=25_000.0, overlap=1.0, measured=False)
+"""Stands in where no link was measured: 10 us and 25 GB/s, about PCIe 4.0 x16, everything overlapped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """Things (tensors, parameters) with the nodes that read them, flat: reader r belongs to thing `owner[r]`."""
+
+    owner: IntArray
+    node: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostGraph:
+    """The graph that is cut. n nodes, T tensors that a node hands to others, P parameters and buffers.
+
+    Attributes:
+        members: (n) indices into `profile_names` of the profile's nodes that each node stands for.
+        profile_names: names of the profile's nodes, in its order.
+        forward_us, backward_us: (n) compute time of one micro-batch.
+        saved_bytes, workspace_bytes: (n) bytes held from forward to backward, and most bytes held while it runs.
+        predecessors, successors: (n) neighbours of each node.
+        tensor_names: (T) the profile's nodes whose outputs these are; outputs read by the same nodes are one tensor.
+        producer, tensor_bytes, gradient_bytes: (T) maker, bytes sent forward and bytes of the gradient that comes back.
+        tensor_readers: who reads the tensors, the maker excluded.
+        param_names, param_bytes, trainable: (P) parameters and buffers; one that several nodes share is one entry.
+        param_readers: who reads the parameters.
+        link: latency, bandwidth and overlap between stages.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    profile_names: tuple[str, ...]
+    forward_us: FloatArray
+    backward_us: FloatArray
+    saved_bytes: FloatArray
+    workspace_bytes: FloatArray
+    predecessors: tuple[tuple[int, ...], ...]
+    successors: tuple[tuple[int, ...], ...]
+    tensor_names: tuple[tuple[int, ...], ...]
+    producer: IntArray
+    tensor_bytes: FloatArray
+    gradient_bytes: FloatArray
+    tensor_readers: Readers
+    param_names: tuple[str, ...]
+    param_bytes: FloatArray
+    trainable: NDArray[np.bool_]
+    param_readers: Readers
+    link: LinkProfile
+
+    @property
+    def num_nodes(self) -> int:
+        """n, the number of nodes that a cut can tell apart."""
+        return len(self.members)
+
+    @property
+    def work_us(self) -> FloatArray:
+        """(n) forward plus backward time."""
+        return self.forward_us + self.backward_us
+
+    @property
+    def exposed(self) -> float:
+        """The share 1 - o of a transfer that compute does not hide."""
+        return 1.0 - self.link.overlap
+
+    def node_of(self) -> IntArray:
+        """(nodes of the profile) the node of this graph that stands for each."""
+        node_of = np.empty(len(self.profile_names), np.int64)
+        for i, members in enumerate(self.members):
+            node_of[list(members)] = i
+        return node_of
+
+
+def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Sequence[str]] = ()) -> CostGraph:
+    """The graph of a profile over one kind of link.
+
+    Args:
+        profile: the costs; its `residual` scales every time.
+        link: what a transfer between two stages costs.
+        together: lists of names of the profile's nodes that stay on one stage, beyond `NodeProfile.group`.
+    """
+    nodes = profile.nodes
+    index = {node.name: i for i, node in enumerate(nodes)}
+    edges = [(index[name], i) for i, node in enumerate(nodes) for name in node.inputs]
+    members = _contract(profile, edges, [[index[name] for name in names] for names in together])
+    node_of = np.empty(len(nodes), np.int64)
+    for i, group in enumerate(members):
+        node_of[list(group)] = i
+    pairs = sorted({(int(node_of[u]), int(node_of[v])) for u, v in edges if node_of[u] != node_of[v]})
+    predecessors: list[list[int]] = [[] for _ in members]
+    successors: list[list[int]] = [[] for _ in members]
+    for u, v in pairs:
+        successors[u].append(v)
+        predecessors[v].append(u)
+
+    def total(values: Iterable[float]) -> FloatArray:
+        return sum_by(node_of, np.array(list(values), float), len(members))
+
+    workspace = np.zeros(len(members))
+    np.maximum.at(workspace, node_of, np.array([node.workspace_bytes for node in nodes], float))
+    tensors = _tensors(profile, edges, node_of)
+    params = _parameters(profile, node_of)
+    return CostGraph(
+        members=members,
+        profile_names=tuple(node.name for node in nodes),
+        forward_us=total(node.forward_us for node in nodes) * profile.residual,
+        backward_us=total(node.backward_us for node in nodes) * profile.residual,
+        saved_bytes=total(node.saved_bytes for node in nodes),
+        workspace_bytes=workspace,
+        predecessors=tuple(map(tuple, predecessors)),
+        successors=tuple(map(tuple, successors)),
+        tensor_names=tuple(tuple(names) for names in tensors.values()),
+        producer=np.array([p for p, _ in tensors], np.int64),
+        tensor_bytes=np.array([sum(nodes[i].output_bytes for i in names) for names in tensors.values()], float),
+        gradient_bytes=np.array(
+            [sum(nodes[i].output_bytes for i in names if nodes[i].differentiable) for names in tensors.values()], float
+        ),
+        tensor_readers=_flat([readers for _, readers in tensors]),
+        param_names=tuple(params),
+        param_bytes=np.array([num_bytes for num_bytes, _, _ in params.values()], float),
+        trainable=np.array([trainable for _, trainable, _ in params.values()], bool),
+        param_readers=_flat([sorted(readers) for _, _, readers in params.values()]),
+        link=link,
+    )
+
+
+def _flat(readers: Sequence[Sequence[int]]) -> Readers:
+    owner = np.repeat(np.arange(len(readers)), [len(r) for r in readers]).astype(np.int64)
+    return Readers(owner=owner, node=np.array([v for r in readers for v in r], np.int64))
+
+
+def _tensors(
+    profile: Profile, edges: Sequence[tuple[int, int]], node_of: IntArray
+) -> dict[tuple[int, tuple[int, ...]], list[int]]:
+    """Outputs that leave their node, by (maker, readers): those that agree in both always travel together."""
+    readers: dict[int, set[int]] = {}
+    for u, v in edges:
+        if node_of[u] != node_of[v]:
+            readers.setdefault(u, set()).add(int(node_of[v]))
+    tensors: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for u in range(len(profile.nodes)):
+        if u in readers:
+            tensors.setdefault((int(node_of[u]), tuple(sorted(readers[u]))), []).append(u)
+    return tensors
+
+
+def _parameters(profile: Profile, node_of: IntArray) -> dict[str, tuple[float, bool, set[int]]]:
+    """Every parameter and buffer by name: bytes, whether it is trained, and the nodes that read it.
+
+    Where the profile does not list sizes, the bytes of a node are split evenly over its names and counted as trained.
+    """
+    found: dict[str, tuple[float, bool, set[int]]] = {}
+    for i, node in enumerate(profile.nodes):
+        names = node.params or ((f"parameters of {node.name}",) if node.param_bytes else ())
+        for name in names:
+            known = profile.parameters.get(name)
+            num_bytes = node.param_bytes / len(names) if known is None else float(known.bytes)
+            before = found.get(name, (0.0, known is None or known.trainable, set()))
+            found[name] = (max(before[0], num_bytes), before[1], before[2] | {int(node_of[i])})
+    return found
+
+
+def _contract(
+    profile: Profile, edges: Sequence[tuple[int, int]], together: Iterable[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """Groups and the cycles between them, as sets of the profile's nodes, in topological order."""
+    parent = list(range(len(profile.nodes)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    groups: dict[str, list[int]] = {}
+    for i, node in enumerate(profile.nodes):
+        if node.group is not None:
+            groups.setdefault(node.group, []).append(i)
+    for group in [*groups.values(), *together]:
+        for i in group[1:]:
+            parent[find(i)] = find(group[0])
+    root = [find(i) for i in range(len(profile.nodes))]
+    component = _components(root, [(root[u], root[v]) for u, v in edges])
+    return _numbered(component, edges)
+
+
+def _components(root: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[int]:
+    """The strongly connected component of each node, by Tarjan's algorithm without recursion (SIAM J. Comput. 1972)."""
+    successors: dict[int, set[int]] = {r: set() for r in root}
+    for u, v in edges:
+        if u != v:
+            successors[u].add(v)
+    index: dict[int, int] = {}
+    low: dict[int, int] = {}
+    component: dict[int, int] = {}
+    stack: list[int] = []
+    for start in successors:
+        if start in index:
+            continue
+        work = [(start, iter(sorted(successors[start])))]
+        index[start] = low[start] = len(index)
+        stack.append(start)
+        while work:
+            v, rest = work[-1]
+            for x in rest:
+                if x not in index:
+                    index[x] = low[x] = len(index)
+                    stack.append(x)
+                    work.append((x, iter(sorted(successors[x]))))
+                    break
+                if x not in component:
+                    low[v] = min(low[v], index[x])
+            else:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[v])
+                while low[v] == index[v] and v not in component:
+                    component[stack.pop()] = v
+    return [component[r] for r in root]
+
+
+def _numbered(component: Sequence[int], edges: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """Members of each component; the components in topological order, those that come first in the profile first."""
+    members: dict[int, list[int]] = {}
+    for i, c in enumerate(component):
+        members.setdefault(c, []).append(i)
+    after: dict[int, set[int]] = {c: set() for c in members}
+    for u, v in edges:
+        if component[u] != component[v]:
+            after[component[u]].add(component[v])
+    waiting = dict.fromkeys(members, 0)
+    for successors in after.values():
+        for c in successors:
+            waiting[c] += 1
+    ready = [(group[0], c) for c, group in members.items() if not waiting[c]]
+    heapq.heapify(ready)
+    ordered: list[tuple[int, ...]] = []
+    while ready:
+        _, c = heapq.heappop(ready)
+        ordered.append(tuple(members[c]))
+        for x in after[c]:
+            waiting[x] -= 1
+            if not waiting[x]:
+                heapq.heappush(ready, (members[x][0], x))
+    return tuple(ordered)
+
+
+def sum_by(index: IntArray, weights: FloatArray, size: int) -> FloatArray:
+    """(size) the sum of the weights that carry each index."""
+    return np.asarray(np.bincount(index, weights=weights, minlength=size), np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCosts:
+    """What each of K stages costs for one micro-batch, as (K) arrays, and each pair of stages, as (K, K) arrays.
+
+    Attributes:
+        forward_us, backward_us: compute time.
+        forward_exposed_us, backward_exposed_us: the share of transfers that is not hidden, at both ends.
+        edge_bytes, edge_gradient_bytes: bytes from a stage to another, and of the gradients that come back.
+        edge: whether anything goes from a stage to another.
+        link: what a transfer costs.
+    """
+
+    forward_us: FloatArray
+    backward_us: FloatArray
+    forward_exposed_us: FloatArray
+    backward_exposed_us: FloatArray
+    edge_bytes: FloatArray
+    edge_gradient_bytes: FloatArray
+    edge: NDArray[np.bool_]
+    link: LinkProfile
+
+    @property
+    def load_us(self) -> FloatArray:
+        """(K) time that a stage is busy with one micro-batch: compute and the share of transfers that is not hidden."""
+        return self.forward_us + self.backward_us + self.forward_exposed_us + self.backward_exposed_us
+
+    def links(self) -> dict[tuple[int, int], tuple[float, float | None]]:
+        """For each pair of stages with traffic, how long its message holds the link beside compute, forward and back.
+
+        The second is None where no gradient comes back.
+        """
+        found: dict[tuple[int, int], tuple[float, float | None]] = {}
+        for source, target in np.argwhere(self.edge).tolist():
+            gradient = float(self.edge_gradient_bytes[source, target])
+            forward = self.link.overlap * self.link.transfer_us(float(self.edge_bytes[source, target]))
+            backward = self.link.overlap * self.link.transfer_us(gradient) if gradient else None
+            found[source, target] = (forward, backward)
+        return found
+
+
+def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageCosts:
+    """Costs of the stages under an assignment `stage_of` (n) of nodes to stages.
+
+    A tensor costs its maker's stage b/B once and every stage that reads it b/B once, its gradient the same way back; each
+    message between two stages costs both the latency (Tarnawski et al., NeurIPS 2020, with a latency added).
+    """
+    K, link = num_stages, graph.link
+    crossing, target = _crossings(graph, stage_of, K)
+    source = stage_of[graph.producer[crossing]]
+    sent = np.unique(crossing)
+
+    def exposed(num_bytes: FloatArray, edge: NDArray[np.bool_]) -> FloatArray:
+        out = sum_by(stage_of[graph.producer[sent]], num_bytes[sent], K)
+        into = sum_by(target, num_bytes[crossing], K)
+        messages = edge.sum(axis=0) + edge.sum(axis=1)
+        return np.asarray(graph.exposed * ((out + into) / link.bytes_per_us + link.latency_us * messages), float)
+
+    def between(weights: FloatArray) -> FloatArray:
+        return sum_by(source * K + target, weights, K * K).reshape(K, K)
+
+    edge = between(np.ones(len(crossing))) > 0
+    gradients = between(graph.gradient_bytes[crossing])
+    return StageCosts(
+        forward_us=sum_by(stage_of, graph.forward_us, K),
+        backward_us=sum_by(stage_of, graph.backward_us, K),
+        forward_exposed_us=exposed(graph.tensor_bytes, edge),
+        backward_exposed_us=exposed(graph.gradient_bytes, gradients > 0),
+        edge_bytes=between(graph.tensor_bytes[crossing]),
+        edge_gradient_bytes=gradients,
+        edge=edge,
+        link=link,
+    )
+
+
+def _crossings(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[IntArray, IntArray]:
+    """Tensors that cross and the stages that read them, one entry for each (tensor, stage)."""
+    owner = graph.tensor_readers.owner
+    target = stage_of[graph.tensor_readers.node]
+    crossing = target != stage_of[graph.producer[owner]]
+    keys = np.unique(owner[crossing] * num_stages + target[crossing])
+    return keys // num_stages, keys % num_stages

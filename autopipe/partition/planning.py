@@ -1,0 +1,156 @@
+"""`partition`: from a profile to the plan with the shortest step, or the least largest load, into a number of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+
+from autopipe.cost import CostGraph, IntArray, build_cost_graph
+from autopipe.errors import PartitionError
+from autopipe.partition import request
+from autopipe.partition.assemble import Certificate, Run, assemble
+from autopipe.partition.bottleneck import Problem, Solution, first_splits, improve
+from autopipe.partition.bounds import load_bound_us, step_bound_us
+from autopipe.partition.effort import Effort
+from autopipe.partition.infeasible import check_fits, least_peak_split, too_little_memory
+from autopipe.partition.step import shortest_step
+from autopipe.plan import Plan
+from profiler.records import LinkProfile, Profile
+
+PROOF_TOLERANCE = 1e-9
+UNCONSTRAINED = "without the constraints"
+
+
+def partition(
+    profile: Profile,
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int | None = None,
+    link: LinkProfile | None = None,
+    overlap: float | None = None,
+    memory_limit: float | None = None,
+    optimizer: str | float = "adam",
+    zero_stage: int = 0,
+    data_parallel: int = 1,
+    schedule: str = "1f1b",
+    objective: str = "step",
+    split_points: Sequence[str] | None = None,
+    time_budget_s: float = 2.0,
+    seed: int = 0,
+) -> Plan:
+    """Cuts a profiled graph into stages.
+
+    Args:
+        profile: the costs of the graph's nodes for one micro-batch.
+        num_stages: K, the number of stages, each of at least one node; with `split_points` it may be left out.
+        num_microbatches: M, micro-batches of a step; 4 K where it is left out.
+        link: between two stages; the profile's where it is left out, else a default that is labelled as not measured.
+        overlap: the share of a transfer that compute hides, from 0 to 1; the link's where it is left out.
+        memory_limit: bytes of each device; None plans without a limit.
+        optimizer: `adam`, `adamw`, `momentum`, `sgd`, `none`, or bytes of state for each byte of trained parameter.
+        zero_stage: 1 divides the optimizer state by the replicas.
+        data_parallel: replicas of the pipeline.
+        schedule: `1f1b` or `gpipe`.
+        objective: `step` makes the simulated step short, `bottleneck` the largest load of a stage.
+        split_points: FQNs of submodules at which a new stage begins; nothing is searched then.
+        time_budget_s: seconds of search, counted in work done, so that a plan does not depend on how busy the machine is.
+        seed: of the random orders; the same seed gives the same plan.
+
+    Returns:
+        The plan, with simulated step, bounds, and the splits that a user would otherwise make.
+
+    Raises:
+        PartitionError: an argument is wrong, or no split satisfies what was asked for.
+    """
+    if num_stages is None:
+        if not split_points:
+            raise PartitionError(
+                "neither num_stages nor split_points",
+                expected="a number of stages",
+                where="num_stages",
+                remedy="give num_stages, for example the number of devices",
+            )
+        num_stages = len(split_points) + 1
+    K = request.checked_count(num_stages, "num_stages")
+    M = request.checked_count(
+        request.MICROBATCHES_PER_STAGE * K if num_microbatches is None else num_microbatches, "num_microbatches"
+    )
+    memory = request.checked_memory(
+        num_microbatches=M,
+        schedule=schedule,
+        optimizer=optimizer,
+        zero_stage=zero_stage,
+        data_parallel=request.checked_count(data_parallel, "data_parallel"),
+        memory_limit=memory_limit,
+    )
+    run = Run(
+        num_stages=K,
+        num_microbatches=M,
+        schedule=schedule,
+        data_parallel=data_parallel,
+        zero_stage=zero_stage,
+        objective=request.checked_choice(objective, request.OBJECTIVES, "objective"),
+        memory=memory,
+    )
+    graph = build_cost_graph(profile, request.checked_link(profile, link, overlap))
+    request.check_stages_fit_nodes(graph, K)
+    problem = Problem(graph=graph, num_stages=K, memory=memory)
+    effort = Effort(time_budget_s)
+    if split_points:
+        return _as_told(profile, problem, run, split_points, effort, seed)
+    stage_of = _searched(problem, run, effort, seed)
+    return assemble(profile, graph, run, stage_of, _certificate(problem, run, stage_of), {})
+
+
+def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> IntArray:
+    """The best assignment that the search finds."""
+    if problem.num_stages == 1:
+        stage_of = np.zeros(problem.graph.num_nodes, np.int64)
+        check_fits(problem, stage_of)
+        return stage_of
+    random = Random(seed)
+    starts = first_splits(problem, effort)
+    if not starts:
+        raise too_little_memory(problem, least_peak_split(problem))
+    best = improve(problem, starts[0], random, effort.share(0.5))
+    if run.objective == "bottleneck":
+        return best.stage_of
+    return shortest_step(problem, [best, *starts], effort)
+
+
+def _as_told(
+    profile: Profile, problem: Problem, run: Run, split_points: Sequence[str], effort: Effort, seed: int
+) -> Plan:
+    """The plan of the caller's own split points; the plan without them stands among the baselines, so that their price shows."""
+    if len(split_points) + 1 != problem.num_stages:
+        raise PartitionError(
+            f"{len(split_points)} split points for num_stages={problem.num_stages}",
+            expected=f"{problem.num_stages - 1} split points",
+            where="split_points",
+            remedy=f"leave num_stages out, or give {len(split_points) + 1}",
+        )
+    stage_of = request.stages_from_split_points(profile, problem.graph, split_points)
+    check_fits(problem, stage_of)
+    free = _searched(problem, run, effort, seed)
+    certificate = _certificate(problem, run, stage_of)
+    return assemble(profile, problem.graph, run, stage_of, certificate, {UNCONSTRAINED: free})
+
+
+def _certificate(problem: Problem, run: Run, stage_of: IntArray) -> Certificate:
+    from autopipe.cost import stage_costs
+    from autopipe.partition.timing import simulated_step_us
+
+    load_bound = load_bound_us(problem.graph, problem.num_stages)
+    step_bound = step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound)
+    costs = stage_costs(problem.graph, stage_of, problem.num_stages)
+    if run.objective == "bottleneck":
+        proved = float(costs.load_us.max()) <= load_bound * (1 + PROOF_TOLERANCE)
+    else:
+        step = simulated_step_us(costs, run.num_microbatches, run.schedule)
+        proved = step <= step_bound * (1 + PROOF_TOLERANCE)
+    return Certificate(step_bound_us=step_bound, load_bound_us=load_bound, proved=proved)
+
+
+__all__ = ["CostGraph", "Solution", "partition"]
