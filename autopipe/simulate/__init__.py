@@ -1,0 +1,20 @@
+"""What a step takes without devices: schedules played against costs, a fast step time for the planner, and a lower bound."""
+
+from autopipe.schedule.costs import Costs
+from autopipe.simulate.bound import h_bound_us
+from autopipe.simulate.plans import plan_costs, plan_schedule, simulate
+from autopipe.simulate.play import simulate_schedule
+from autopipe.simulate.step_time import step_time_us
+from autopipe.simulate.timeline import Event, Timeline
+
+__all__ = [
+    "Costs",
+    "Event",
+    "Timeline",
+    "h_bound_us",
+    "plan_costs",
+    "plan_schedule",
+    "simulate",
+    "simulate_schedule",
+    "step_time_us",
+]

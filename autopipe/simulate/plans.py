@@ -1,0 +1,75 @@
+"""A plan goes in; its costs, its schedule, and the timeline of a step come out: the `what if` behind `autopipe simulate`."""
+
+from __future__ import annotations
+
+from autopipe.plan import Plan
+from autopipe.schedule import Costs, Edge, Schedule, build_schedule
+from autopipe.schedule.costs import Link
+from autopipe.simulate.play import count_live, simulate_schedule
+from autopipe.simulate.timeline import Timeline
+from profiler.records import LinkProfile
+
+
+def simulate(
+    plan: Plan, *, num_microbatches: int | None = None, schedule: str | None = None, link: LinkProfile | None = None
+) -> Timeline:
+    """The timeline of a training step under a plan.
+
+    Args:
+        plan: stages, transfers, and the link between them.
+        num_microbatches, schedule, link: in place of the plan's own. A micro-batch keeps its size: more of them are a larger batch.
+
+    Raises:
+        ScheduleError: an unknown schedule, or no micro-batch.
+    """
+    return simulate_schedule(
+        plan_schedule(plan, num_microbatches=num_microbatches, schedule=schedule, link=link), plan_costs(plan, link)
+    )
+
+
+def plan_schedule(
+    plan: Plan, *, num_microbatches: int | None = None, schedule: str | None = None, link: LinkProfile | None = None
+) -> Schedule:
+    """The schedule of a plan: an edge for each transfer, and a reduction for each set of stages that share a parameter."""
+    groups = sorted({tuple(sorted(set(stages))) for stages in plan.ties.values() if len(set(stages)) > 1})
+    return build_schedule(
+        plan.schedule if schedule is None else schedule,
+        plan.num_stages,
+        plan.num_microbatches if num_microbatches is None else num_microbatches,
+        [Edge(t.source, t.target, t.backward_bytes > 0) for t in plan.transfers],
+        costs=plan_costs(plan, link),
+        reductions=groups,
+    )
+
+
+def plan_costs(plan: Plan, link: LinkProfile | None = None) -> Costs:
+    """The costs of a plan's stages and links for one micro-batch.
+
+    Of a transfer that takes t (latency + bytes over bandwidth), the share that is not hidden, (1 - overlap) t, is added to the
+    compute of both its ends: of an activation to their forwards, of a gradient to their backwards. The rest holds the link.
+    """
+    link = plan.link if link is None else link
+    forward = [stage.forward_us for stage in plan.stages]
+    backward = [stage.backward_us for stage in plan.stages]
+    links: dict[tuple[int, int], Link] = {}
+    for transfer in plan.transfers:
+        there = link.transfer_us(transfer.forward_bytes)
+        back = link.transfer_us(transfer.backward_bytes) if transfer.backward_bytes else 0.0
+        for stage in (transfer.source, transfer.target):
+            forward[stage] += (1 - link.overlap) * there
+            backward[stage] += (1 - link.overlap) * back
+        hidden_back = link.overlap * back if transfer.backward_bytes else None
+        links[transfer.source, transfer.target] = (link.overlap * there, hidden_back)
+    in_flight = _in_flight(plan)
+    return Costs(
+        forward_us=tuple(forward),
+        backward_us=tuple(backward),
+        links=links,
+        activation_bytes=tuple(s.activation_bytes // n for s, n in zip(plan.stages, in_flight, strict=True)),
+        static_bytes=tuple(s.peak_bytes - s.activation_bytes for s in plan.stages),
+    )
+
+
+def _in_flight(plan: Plan) -> tuple[int, ...]:
+    """Micro-batches that the plan's `activation_bytes` count: those that its own schedule keeps alive at once."""
+    return count_live(build_schedule(plan.schedule, plan.num_stages, plan.num_microbatches, []))
