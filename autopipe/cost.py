@@ -294,6 +294,19 @@ class StageCosts:
         """(K) time that a stage is busy with one micro-batch: compute and the share of transfers that is not hidden."""
         return self.forward_us + self.backward_us + self.forward_exposed_us + self.backward_exposed_us
 
+    def busy_us(self) -> tuple[FloatArray, FloatArray]:
+        """(K), (K) forward and backward time of a stage with the exposed share of every message that it sends or receives.
+
+        Unlike in `load_us`, each pair of stages has a message of its own, and a tensor that two stages read is sent twice: that
+        is what the engine does, and what is simulated. It is never less than `load_us`.
+        """
+        latency, rate = self.link.latency_us, self.link.bytes_per_us
+        there = np.where(self.edge, latency + self.edge_bytes / rate, 0.0)
+        back = np.where(self.edge_gradient_bytes > 0, latency + self.edge_gradient_bytes / rate, 0.0)
+        share = 1.0 - self.link.overlap
+        forward = self.forward_us + share * (there.sum(axis=0) + there.sum(axis=1))
+        return forward, self.backward_us + share * (back.sum(axis=0) + back.sum(axis=1))
+
     def links(self) -> dict[tuple[int, int], tuple[float, float | None]]:
         """For each pair of stages with traffic, how long its message holds the link beside compute, forward and back.
 
@@ -311,8 +324,8 @@ class StageCosts:
 def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageCosts:
     """Costs of the stages under an assignment `stage_of` (n) of nodes to stages.
 
-    A tensor costs its maker's stage b/B once and every stage that reads it b/B once, its gradient the same way back; each
-    message between two stages costs both the latency (Tarnawski et al., NeurIPS 2020, with a latency added).
+    A tensor costs its maker's stage b/B once and every stage that reads it b/B once, its gradient the same way back (the load
+    of Tarnawski et al., NeurIPS 2020); the latency comes once for each side of a stage that anything crosses, each way.
     """
     K, link = num_stages, graph.link
     crossing, target = _crossings(graph, stage_of, K)
@@ -322,7 +335,7 @@ def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageC
     def exposed(num_bytes: FloatArray, edge: NDArray[np.bool_]) -> FloatArray:
         out = sum_by(stage_of[graph.producer[sent]], num_bytes[sent], K)
         into = sum_by(target, num_bytes[crossing], K)
-        messages = edge.sum(axis=0) + edge.sum(axis=1)
+        messages = edge.any(axis=0).astype(float) + edge.any(axis=1)
         return np.asarray(graph.exposed * ((out + into) / link.bytes_per_us + link.latency_us * messages), float)
 
     def between(weights: FloatArray) -> FloatArray:

@@ -141,14 +141,12 @@ class IntervalCosts:
     def exposed_us(self, rows: tuple[int, int], cols: tuple[int, int], kinds: tuple[int, ...]) -> FloatArray:
         """Exposed transfer time of a block of intervals, for `FORWARD`, `BACKWARD` or both.
 
-        The latency is counted once for each side of a stage on which anything crosses. That is exact without skips and
-        never more than `stage_costs` counts.
+        The latency is counted once for each side of a stage that anything crosses, as in `stage_costs`.
         """
         graph = self.graph
-        shape = (rows[1] - rows[0] + 1, cols[1] - cols[0] + 1)
         if graph.exposed == 0.0:
-            return np.zeros(shape)
-        total = self._in.block(rows, cols, kinds) + self._out.block(rows, cols, kinds)
+            return np.zeros((rows[1] - rows[0] + 1, cols[1] - cols[0] + 1))
+        total: FloatArray = self._in.block(rows, cols, kinds) + self._out.block(rows, cols, kinds)
         latency = graph.exposed * graph.link.latency_us
         if latency > 0:
             for side in (self._in, self._out):
@@ -158,8 +156,8 @@ class IntervalCosts:
 
     def load_us(self, rows: tuple[int, int], cols: tuple[int, int]) -> FloatArray:
         """Compute and exposed transfers of a block of intervals; infinite where the interval is empty."""
-        load = self.work[None, cols[0] : cols[1] + 1] - self.work[rows[0] : rows[1] + 1, None]
-        load = load + self.exposed_us(rows, cols, (FORWARD, BACKWARD))
+        work: FloatArray = self.work[None, cols[0] : cols[1] + 1] - self.work[rows[0] : rows[1] + 1, None]
+        load = work + self.exposed_us(rows, cols, (FORWARD, BACKWARD))
         empty = np.arange(rows[0], rows[1] + 1)[:, None] >= np.arange(cols[0], cols[1] + 1)[None, :]
         load[empty] = np.inf
         return load

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 
-from autopipe.cost import CostGraph, IntArray, build_cost_graph
+from autopipe.cost import IntArray, build_cost_graph, stage_costs
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
+from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time
 from autopipe.partition.bottleneck import Problem, Solution, first_splits, improve
 from autopipe.partition.bounds import load_bound_us, step_bound_us
 from autopipe.partition.effort import Effort
 from autopipe.partition.infeasible import check_fits, least_peak_split, too_little_memory
 from autopipe.partition.step import shortest_step
+from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, Profile
 
@@ -117,7 +120,27 @@ def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> IntArray
     best = improve(problem, starts[0], random, effort.share(0.5))
     if run.objective == "bottleneck":
         return best.stage_of
-    return shortest_step(problem, [best, *starts], effort)
+    slower = [s for other in _with_dearer_transfers(problem) for s in first_splits(other, effort)[:2]]
+    return shortest_step(problem, [best, *starts, *slower, *_usual(problem)], effort)
+
+
+def _with_dearer_transfers(problem: Problem) -> list[Problem]:
+    """The same problem with less of a transfer hidden: hidden transfers delay a step too, but are not in any stage's load."""
+    link = problem.graph.link
+    overlaps = [o for o in (0.0, 0.5 * link.overlap) if o < link.overlap]
+    return [
+        dataclasses.replace(
+            problem, graph=dataclasses.replace(problem.graph, link=dataclasses.replace(link, overlap=o))
+        )
+        for o in overlaps
+    ]
+
+
+def _usual(problem: Problem) -> list[Solution]:
+    """The baselines as starts, so that no plan is slower than what a user would do by hand."""
+    order = np.arange(problem.graph.num_nodes)
+    splits = (method(problem.graph, problem.num_stages) for method in (equal_nodes, equal_parameters, equal_time))
+    return [Solution(load_us=np.inf, stage_of=stage_of, order=order) for stage_of in splits]
 
 
 def _as_told(
@@ -139,9 +162,6 @@ def _as_told(
 
 
 def _certificate(problem: Problem, run: Run, stage_of: IntArray) -> Certificate:
-    from autopipe.cost import stage_costs
-    from autopipe.partition.timing import simulated_step_us
-
     load_bound = load_bound_us(problem.graph, problem.num_stages)
     step_bound = step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound)
     costs = stage_costs(problem.graph, stage_of, problem.num_stages)
@@ -151,6 +171,3 @@ def _certificate(problem: Problem, run: Run, stage_of: IntArray) -> Certificate:
         step = simulated_step_us(costs, run.num_microbatches, run.schedule)
         proved = step <= step_bound * (1 + PROOF_TOLERANCE)
     return Certificate(step_bound_us=step_bound, load_bound_us=load_bound, proved=proved)
-
-
-__all__ = ["CostGraph", "Solution", "partition"]

@@ -7,6 +7,8 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from autopipe.cost import DEFAULT_LINK, CostGraph, IntArray
 from autopipe.errors import PartitionError
 from autopipe.partition.memory import OPTIMIZER_STATES, MemoryModel
@@ -117,8 +119,6 @@ def check_stages_fit_nodes(graph: CostGraph, num_stages: int) -> None:
 
 def stages_from_split_points(profile: Profile, graph: CostGraph, points: Sequence[str]) -> IntArray:
     """(n) stages that begin at the first node of each named module, in program order."""
-    import numpy as np
-
     node_of = graph.node_of()
     starts: dict[int, str] = {}
     for point in points:

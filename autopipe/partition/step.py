@@ -51,6 +51,7 @@ def shortest_step(problem: Problem, starts: Iterable[Solution], effort: Effort) 
     """The assignment with the shortest simulated step: the starts, their cheaper neighbours, and descent from the best."""
     clock = Clock(problem, effort)
     solutions = [s for start in starts for s in (start, *_with_less_traffic(problem, start, effort))]
+    solutions = list({s.stage_of.tobytes(): s for s in solutions}.values())
     solutions.sort(key=lambda s: clock.step_us(s.stage_of))
     best = solutions[0].stage_of
     for solution in solutions[:2]:
@@ -61,6 +62,8 @@ def shortest_step(problem: Problem, starts: Iterable[Solution], effort: Effort) 
 
 def _with_less_traffic(problem: Problem, start: Solution, effort: Effort) -> list[Solution]:
     """Splits of the same order whose slowest stage is a little slower, with the least traffic at that load."""
+    if np.isinf(start.load_us):
+        return []
     costs = IntervalCosts(problem.graph, start.order, problem.memory)
     blocks = stage_blocks(costs, problem.num_stages, start.load_us * (1 + SLACKS[-1]), effort)
     found = []
