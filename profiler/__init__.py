@@ -1,1 +1,7 @@
-"""Profiles any `torch.fx.GraphModule`, node by node."""
+"""Profiles any `torch.fx.GraphModule`, node by node: time and memory of each node, measured or estimated."""
+
+from profiler.api import profile
+from profiler.errors import ProfileError
+from profiler.records import DeviceSpec, LinkProfile, NodeProfile, ParameterProfile, Profile
+
+__all__ = ["DeviceSpec", "LinkProfile", "NodeProfile", "ParameterProfile", "Profile", "ProfileError", "profile"]

@@ -1,0 +1,72 @@
+"""Timing on a device: a clock that waits for the device, and a median with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Clock(Protocol):
+    """Marks moments in the stream of work of a device."""
+
+    def mark(self) -> Any:
+        """A moment: all work given to the device so far comes before it."""
+
+    def elapsed_us(self, start: Any, end: Any) -> float:
+        """Microseconds between two moments; waits until the device has reached both."""
+
+
+class HostClock:
+    """`perf_counter_ns`, after waiting for an accelerator where there is one to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> int:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter_ns()
+
+    def elapsed_us(self, start: int, end: int) -> float:
+        return (end - start) / 1e3
+
+
+class CudaClock:
+    """CUDA events on the current stream, so that the host's wait is not part of the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device: events on CUDA and ROCm, the host's counter elsewhere."""
+    return CudaClock(device) if device.type == "cuda" else HostClock(device)
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The median and the relative half-width of its 95 % confidence interval.
+
+    The interval lies between two order statistics (ranks n/2 ± 0.98·√n, from the binomial distribution), so that no
+    shape of the distribution is assumed: times have a long right tail. Below six samples it is the whole range.
+    Method: Hoefler and Belli, "Scientific Benchmarking of Parallel Computing Systems", SC 2015, rule 5.
+    """
+    ordered = sorted(samples)
+    n = len(ordered)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    reach = 0.98 * math.sqrt(n)
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    width = (ordered[high] - ordered[low]) / 2
+    return middle, width / middle if middle > 0 else 0.0

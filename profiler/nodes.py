@@ -1,0 +1,186 @@
+"""Times one node on its device: forward, backward, and the memory it needs while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiler.call import Call
+from profiler.clock import Clock, clock_for, median_interval
+from profiler.memory import peak_memory, tensors_in
+from profiler.trace import Trace
+
+MIN_REPEATS, MAX_REPEATS = 5, 200
+"""Repeats of a node beside the warm-up; a node that takes over a second is repeated three times, a cheap one a few."""
+TRIVIAL_US = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What one node costs.
+
+    Attributes:
+        forward_us, backward_us: medians.
+        workspace_bytes: the most memory held beyond arguments, outputs and what is kept for backward.
+        spread: relative half-width of the 95 % confidence interval of forward + backward.
+        num_repeats: how often it was run.
+    """
+
+    forward_us: float
+    backward_us: float
+    workspace_bytes: int
+    spread: float
+    num_repeats: int
+
+
+class NodeTimer:
+    """Times nodes on one device.
+
+    Args:
+        device: where the tensors are.
+        relative_error: the spread at which a node counts as measured.
+    """
+
+    def __init__(self, device: torch.device, relative_error: float) -> None:
+        self._device, self._relative_error = device, relative_error
+        self._clock = clock_for(device)
+        self._backward_start_us = _backward_start_us(self._clock, device)
+
+    def measure(
+        self, call: Call, trace: Trace, tensors: Sequence[Tensor], own: Mapping[str, Tensor], budget_s: float
+    ) -> Timing:
+        """Times a node: a run that measures its memory, a warm-up, and repeats until the median is known well enough.
+
+        Args:
+            call: the node.
+            trace: what a run of it did.
+            tensors: its argument tensors.
+            own: its module's own tensors.
+            budget_s: time after which no further repeat starts.
+        """
+        trial = _Trial(call=call, trace=trace, tensors=tensors, own=own)
+        forward, backward = list[float](), list[float]()
+        with call.with_own(own):
+            workspace_bytes = trial.workspace_bytes(self._device)
+            deadline = time.perf_counter() + budget_s
+            trial.run(self._clock)
+            while True:
+                f, b = trial.run(self._clock)
+                forward.append(f)
+                backward.append(max(0.0, b - self._backward_start_us) if trial.is_differentiated else 0.0)
+                total = [f + b for f, b in zip(forward, backward, strict=True)]
+                median, spread = median_interval(total)
+                if self._is_enough(len(total), median, spread, time.perf_counter() > deadline, trial):
+                    break
+        return Timing(
+            forward_us=median_interval(forward)[0],
+            backward_us=median_interval(backward)[0],
+            workspace_bytes=workspace_bytes,
+            spread=spread,
+            num_repeats=len(forward),
+        )
+
+    def _is_enough(self, count: int, median: float, spread: float, is_late: bool, trial: _Trial) -> bool:
+        if count < (3 if median > 1e6 else MIN_REPEATS):
+            return False
+        is_trivial = median < TRIVIAL_US and not trial.trace.new_bytes
+        return is_late or is_trivial or spread <= self._relative_error or count >= MAX_REPEATS
+
+
+@dataclass(slots=True, kw_only=True)
+class _Trial:
+    """Runs a node again and again, with everything that is not the node's own work kept outside the timed part."""
+
+    call: Call
+    trace: Trace
+    tensors: Sequence[Tensor]
+    own: Mapping[str, Tensor]
+    grads: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    accumulated: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        values = self.call.values
+        self.tensors = [t.detach().requires_grad_(v.requires_grad) for t, v in zip(self.tensors, values, strict=True)]
+        activations = [t for t, v in zip(self.tensors, values, strict=True) if v.target is None]
+        everything = {id(t): t for t in (*self.tensors, *self.own.values())}
+        self.leaves = [t for t in everything.values() if t.requires_grad and torch.is_grad_enabled()]
+        inner = {id(t) for t in activations}
+        self.accumulated = [None if id(t) in inner else torch.zeros_like(t) for t in self.leaves]
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether there is a backward."""
+        return bool(self.grads) and bool(self.leaves)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fresh copies of what the node writes to: a leaf must not be written to, and its values must not drift."""
+        if torch.is_autocast_enabled(self._device_type):
+            torch.clear_autocast_cache()  # each micro-batch casts the parameters anew
+        return self.call.bind([t.clone() if i in self.trace.written else t for i, t in enumerate(self.tensors)])
+
+    @property
+    def _device_type(self) -> str:
+        return next((t.device.type for t in (*self.tensors, *self.own.values())), "cpu")
+
+    def _backward(self, outputs: list[Tensor]) -> None:
+        found = torch.autograd.grad(outputs, self.leaves, self.grads, allow_unused=True)
+        for grad, total in zip(found, self.accumulated, strict=True):
+            # From the second micro-batch on, the gradient of a parameter is added to the one that is there.
+            if grad is not None and total is not None:
+                total.add_(grad)
+
+    def workspace_bytes(self, device: torch.device) -> int:
+        """The first run: peak of forward and of backward, the gradients that go in and out included."""
+        args, kwargs = self._arguments()
+        with peak_memory(device) as forward:
+            result = self.call.function(*args, **kwargs)
+        outputs = _differentiable(tensors_in(result))
+        self.grads = [torch.randn_like(o) for o in outputs]
+        kept = sum(self.trace.new_bytes) + self.trace.saved_inside_bytes
+        need = max(0, forward.num_bytes - kept)
+        if self.is_differentiated:
+            with peak_memory(device) as backward:
+                self._backward(outputs)
+            need = max(need, backward.num_bytes + sum(g.numel() * g.element_size() for g in self.grads))
+        return need
+
+    def run(self, clock: Clock) -> tuple[float, float]:
+        """One run; microseconds of forward and of backward."""
+        args, kwargs = self._arguments()
+        function = self.call.function
+        start = clock.mark()
+        result = function(*args, **kwargs)
+        end = clock.mark()
+        forward_us = clock.elapsed_us(start, end)
+        if not self.is_differentiated:
+            return forward_us, 0.0
+        outputs = _differentiable(tensors_in(result))
+        del result
+        start = clock.mark()
+        self._backward(outputs)
+        end = clock.mark()
+        return forward_us, clock.elapsed_us(start, end)
+
+
+def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that a gradient flows back from, each once."""
+    return [t for t in {id(t): t for t in tensors}.values() if t.requires_grad]
+
+
+def _backward_start_us(clock: Clock, device: torch.device) -> float:
+    """Time of starting a backward pass at all: paid once a stage, so that it is taken off each node's."""
+    leaf, grad = torch.zeros(1, device=device, requires_grad=True), torch.ones(1, device=device)
+    times = []
+    for _ in range(60):
+        with torch.enable_grad():
+            output = leaf.view(1)
+        start = clock.mark()
+        torch.autograd.grad([output], [leaf], [grad], allow_unused=True)
+        times.append(clock.elapsed_us(start, clock.mark()))
+    return median_interval(times[10:])[0]
