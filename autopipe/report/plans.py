@@ -1,0 +1,148 @@
+"""A plan goes in; its report comes out: a row a stage, the figures of the step, the usual splits beside it, an explanation."""
+
+from __future__ import annotations
+
+import json
+
+from autopipe.plan import Plan, StagePlan
+from autopipe.report.explain import explain
+from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
+from autopipe.simulate import plan_costs
+
+STAGE_COLUMNS = (
+    Column(name="stage"),
+    Column(name="modules"),
+    Column(name="nodes"),
+    Column(name="parameters"),
+    Column(name="parameter MiB", decimals=1),
+    Column(name="gradient MiB", decimals=1),
+    Column(name="optimizer MiB", decimals=1),
+    Column(name="activation MiB", decimals=1),
+    Column(name="peak MiB", decimals=1),
+    Column(name="% of limit"),
+    Column(name="forward ms", decimals=2),
+    Column(name="backward ms", decimals=2),
+    Column(name="send MiB", decimals=2),
+    Column(name="load %"),
+)
+SPLIT_COLUMNS = (
+    Column(name="split"),
+    Column(name="step ms", decimals=2),
+    Column(name="against this plan"),
+    Column(name="imbalance %", decimals=1),
+    Column(name="bubble %", decimals=1),
+    Column(name="peak MiB", decimals=1),
+    Column(name="fits"),
+)
+
+
+def plan_report(plan: Plan, format: str = "table") -> str:
+    """The report of a plan as `table`, `json`, `csv` (the stages), `md` or `html`.
+
+    JSON is the plan's own form, raw bytes and microseconds, with `report` added: it can be read as a plan.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    if format == "json":
+        return json.dumps({**plan.to_json(), "report": _figures(plan)}, indent=1) + "\n"
+    parts: list[Table | str] = [_stages(plan), _summary(plan)]
+    if plan.baselines:
+        parts.append(_splits(plan))
+    return render(Document(title=_title(plan), parts=(*parts, explain(plan))), format)
+
+
+def loads(plan: Plan) -> list[float]:
+    """Each stage's time for a micro-batch, transfers that are not hidden included, as a share of the slowest stage's."""
+    costs = plan_costs(plan)
+    times = [f + b for f, b in zip(costs.forward_us, costs.backward_us, strict=True)]
+    return [t / max(times) if max(times) else 0.0 for t in times]
+
+
+def samples_per_s(plan: Plan) -> float | None:
+    """Samples trained in a second, the optimizer apart; None where the step takes no time."""
+    samples = plan.microbatch_size * plan.num_microbatches * plan.data_parallel
+    return samples / plan.step_us * 1e6 if plan.step_us else None
+
+
+def _figures(plan: Plan) -> dict[str, object]:
+    return {
+        "load": loads(plan),
+        "samples_per_s": samples_per_s(plan),
+        "gap": _gap(plan),
+        "explanation": explain(plan),
+    }
+
+
+def _gap(plan: Plan) -> float | None:
+    """How far the step is above the lower bound, as a share of the bound."""
+    return plan.step_us / plan.lower_bound_us - 1 if plan.lower_bound_us else None
+
+
+def _title(plan: Plan) -> str:
+    replicas = f", {plan.data_parallel} replicas" if plan.data_parallel > 1 else ""
+    estimated = " (estimated costs)" if plan.estimated else ""
+    return (
+        f"Plan {plan.plan_hash}: {plan.num_stages} stages{replicas}, {plan.num_microbatches} micro-batches of "
+        f"{plan.microbatch_size} samples, {plan.schedule}, on {plan.device}{estimated}"
+    )
+
+
+def modules(stage: StagePlan) -> str:
+    """The first and last module of a stage, as one word."""
+    if stage.first_module == stage.last_module:
+        return stage.first_module or "-"
+    return f"{stage.first_module or '-'} … {stage.last_module or '-'}"
+
+
+def _stages(plan: Plan) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for stage, load in zip(plan.stages, loads(plan), strict=True):
+        limit = 100 * stage.peak_bytes / plan.memory_limit_bytes if plan.memory_limit_bytes else None
+        rows.append(
+            (
+                stage.index,
+                modules(stage),
+                len(stage.nodes),
+                len(stage.params),
+                stage.param_bytes / MIB,
+                stage.gradient_bytes / MIB,
+                stage.optimizer_bytes / MIB,
+                stage.activation_bytes / MIB,
+                stage.peak_bytes / MIB,
+                limit,
+                stage.forward_us / 1e3,
+                stage.backward_us / 1e3,
+                stage.send_bytes / MIB,
+                100 * load,
+            )
+        )
+    return Table(title="", columns=STAGE_COLUMNS, rows=tuple(rows))
+
+
+def _summary(plan: Plan) -> str:
+    gap, rate = _gap(plan), samples_per_s(plan)
+    link = f"{plan.link.latency_us:g} us + {plan.link.bytes_per_us / 125:,.4g} Gbit/s, {plan.link.overlap:.0%} hidden"
+    assumed = "" if plan.link.measured else " (assumed, not measured)"
+    lines = [
+        f"imbalance {plan.imbalance:.1%}, bubble {plan.bubble:.1%}",
+        f"step time {plan.step_us / 1e3:,.2f} ms" + (f", {rate:,.1f} samples/s" if rate is not None else ""),
+        f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms" + (f", gap {gap:.1%}" if gap is not None else ""),
+    ]
+    if plan.num_stages > 1:
+        lines.append(f"links {link}{assumed}")
+    return "\n".join(lines)
+
+
+def _splits(plan: Plan) -> Table:
+    limit = plan.memory_limit_bytes
+
+    def row(name: str, step_us: float, imbalance: float, bubble: float, peak_bytes: int) -> tuple[Cell, ...]:
+        against = f"{step_us / plan.step_us - 1:+.1%}" if plan.step_us else "-"
+        fits = "-" if not limit else "yes" if peak_bytes <= limit else "no"
+        return (name, step_us / 1e3, against, 100 * imbalance, 100 * bubble, peak_bytes / MIB, fits)
+
+    peak = max(stage.peak_bytes for stage in plan.stages)
+    rows = [row("this plan", plan.step_us, plan.imbalance, plan.bubble, peak)]
+    rows += [row(b.name, b.step_us, b.imbalance, b.bubble, b.peak_bytes) for b in plan.baselines]
+    return Table(title="The splits that one would otherwise make", columns=SPLIT_COLUMNS, rows=tuple(rows))
