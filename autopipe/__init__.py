@@ -1,1 +1,43 @@
 """Pipeline parallelism for any PyTorch model, unchanged."""
+
+from autopipe.api import pipeline
+from autopipe.capture import Captured, capture
+from autopipe.config import PipelineConfig
+from autopipe.engine.engine import Engine
+from autopipe.errors import (
+    AutopipeError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    PartitionError,
+    PlanError,
+    ProfileError,
+)
+from autopipe.partition import partition
+from autopipe.plan import Plan, StagePlan
+from autopipe.simulate import Timeline, simulate
+from autopipe.stages import StageModule, build_stage
+
+__all__ = [
+    "AutopipeError",
+    "CaptureError",
+    "Captured",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineError",
+    "PartitionError",
+    "PipelineConfig",
+    "Plan",
+    "PlanError",
+    "ProfileError",
+    "StageModule",
+    "StagePlan",
+    "Timeline",
+    "build_stage",
+    "capture",
+    "partition",
+    "pipeline",
+    "simulate",
+]

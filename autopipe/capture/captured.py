@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.capture.regions import compute_nodes
+from autopipe.capture.effects import remove_dead_code
+from autopipe.capture.regions import compute_nodes, emit_regions, is_region_node
 from autopipe.errors import CaptureError
 
 
@@ -76,6 +78,21 @@ class Captured:
             self.out_constants[i] if i in self.out_constants else next(rest) for i in range(self.out_spec.num_leaves)
         ]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def loss_only(self) -> Captured:
+        """The same capture whose graph returns the loss alone, without what only other outputs need."""
+        assert self.loss is not None
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "output":
+                graph.output([copies[node.args[0][self.loss]]])
+            elif not is_region_node(node):
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        remove_dead_code(graph)
+        emit_regions(graph)
+        module = fx.GraphModule(self.graph_module, graph, type(self.graph_module).__name__)
+        return dataclasses.replace(self, graph_module=module, loss=0)
 
     @property
     def nodes(self) -> list[fx.Node]:

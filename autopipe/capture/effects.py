@@ -1,7 +1,8 @@
 """What a recorded node does beside returning a value: storages that it touches and writes, random numbers that it draws.
 
 From the writes follow the groups of nodes that must stay on one stage and in order: a tensor that is written in place,
-its views, and whoever reads them before the last write, or afterwards through a name that is older than the write.
+its views, and whoever reads them before the last write, or afterwards through a name that is older than the write. A node
+whose value is a tuple stays with those that take it apart, so that only tensors cross between stages.
 """
 
 from __future__ import annotations
@@ -71,8 +72,14 @@ class Effects:
                 n = parent[n]
             return n
 
-        for key, writers in self._writers.items():
-            members = self._members(key, writers, order)
+        together = [self._members(key, writers, order) for key, writers in self._writers.items()]
+        together += [
+            [n, *n.users]
+            for n in order
+            if n.op.startswith("call") and isinstance(n.meta.get("val"), (tuple, list, dict))
+        ]
+        for members in together:
+            members = [n for n in members if n.op != "output"]
             for n in members[1:]:
                 a, b = sorted((find(members[0]), find(n)), key=lambda m: order[m])
                 parent[b] = a
@@ -103,3 +110,8 @@ class Effects:
 def _alias_inputs(node: fx.Node, key: int) -> list[fx.Node]:
     """The inputs of a node whose value may lie in the storage."""
     return [i for i in node.all_input_nodes if key in {storage_key(t) for t in tensors_in(i.meta.get("val"))}]
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Removes nodes that nobody reads; those marked with an effect stay. The graph must hold no mode switches."""
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.meta.get("effect")))

@@ -117,3 +117,6 @@ def _find_effects(graph: fx.Graph, root: nn.Module) -> None:
     with mode, torch.no_grad():
         Run(root, graph=graph).run(*[None for n in graph.nodes if n.op == "placeholder"])
     effects.finish(graph)
+    for node in graph.nodes:
+        if node.meta.get("writes"):
+            node.meta["effect"] = True

@@ -115,11 +115,13 @@ class ModuleCalls:
         with unset_fake_temporarily():
             real = {n: _materialise(self._originals[f"{name}.{n}"]) for n in parameters}
             real |= {n: _materialise(self._originals[f"{name}.{n}"]).clone() for n in buffers}
+        own_grad = any(p.requires_grad for p in module.parameters())
         return real_like(
             lambda a, k: torch.func.functional_call(module, real, a, k, tie_weights=False),
             args,
             kwargs,
             self._fake_mode,
+            own_grad,
         )
 
     def _apply(self, base: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,13 +154,23 @@ class ModuleCalls:
             self._recorder.checkpoint_region = None
 
 
-def real_like(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, fake_mode: FakeTensorMode) -> Any:
-    """The fake twin of what `function(args, kwargs)` gives on real tensors of the same shapes, made up."""
+def real_like(
+    function: Callable[[Any, Any], Any], args: Any, kwargs: Any, fake_mode: FakeTensorMode, own_grad: bool = False
+) -> Any:
+    """The fake twin of what `function(args, kwargs)` gives on real tensors of the same shapes, made up.
+
+    Which path the function takes depends on the values, so its floating-point outputs count as differentiable wherever an
+    input is, or where `own_grad` says that it has trained parameters of its own.
+    """
+    grad = torch.is_grad_enabled() and (
+        own_grad or any(t.requires_grad for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    )
     with unset_fake_temporarily():
         out = function(*pytree.tree_map_only(Tensor, _materialise, (args, kwargs)))
 
     def fake(t: Tensor) -> Tensor:
-        return fake_mode.from_tensor(t.detach().requires_grad_(t.requires_grad), static_shapes=True)
+        differentiable = grad and (t.is_floating_point() or t.is_complex())
+        return fake_mode.from_tensor(t.detach().requires_grad_(differentiable), static_shapes=True)
 
     return pytree.tree_map_only(Tensor, fake, out)
 
@@ -167,8 +179,10 @@ def _materialise(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():
-        grad = tensor.requires_grad and tensor.is_leaf
-        return torch.randn(tensor.shape, dtype=tensor.dtype, device=_real_device(tensor)).requires_grad_(grad)
+        value = torch.randn(tensor.shape, dtype=tensor.dtype, device=_real_device(tensor)).requires_grad_(
+            tensor.requires_grad
+        )
+        return value if tensor.is_leaf or not tensor.requires_grad else value.clone()
     return torch.ones(tensor.shape, dtype=tensor.dtype, device=_real_device(tensor))
 
 

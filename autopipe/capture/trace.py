@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.capture.captured import Captured
 from autopipe.capture.compat import compiling_flag, register_dataclass, swap_parameters
+from autopipe.capture.effects import remove_dead_code
 from autopipe.capture.loss import LOSS_MODULE, LossFunction, LossModule, find_loss
 from autopipe.capture.modules import ModuleCalls, has_hooks, real_like
 from autopipe.capture.recorder import Recorder, Untraceable, guard
@@ -123,7 +124,8 @@ def _record(
     recorder.graph.output(results)
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     recorder.effects.finish(recorder.graph)
-    _remove_dead_code(recorder.graph, model, opaque)
+    _mark_effects(recorder.graph, model, opaque)
+    remove_dead_code(recorder.graph)
     emit_regions(recorder.graph)
     captured = Captured(
         graph_module=graph_module(model, recorder.graph, recorder.constants, modules),
@@ -258,22 +260,16 @@ def _restored_attributes(model: nn.Module, start: State) -> Iterator[State]:
             module.__dict__.update(attributes)
 
 
-def _remove_dead_code(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> None:
-    """Removes nodes without effect; writes, random draws and modules with code of their own stay."""
-
-    def has_effect(node: fx.Node) -> bool:
-        if (
-            node.op in ("placeholder", "output")
-            or node.meta.get("writes")
-            or node.meta.get("random")
-            or node.target is guard
-        ):
-            return True
-        if node.op == "call_module" and node.target != LOSS_MODULE:
-            return node.target in opaque or has_hooks(model.get_submodule(str(node.target)))
-        return False
-
-    graph.eliminate_dead_code(is_impure_node=has_effect)
+def _mark_effects(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> None:
+    """Marks nodes that do something beside returning a value, so that they stay though nobody reads it."""
+    for node in graph.nodes:
+        own_code = (
+            node.op == "call_module"
+            and node.target != LOSS_MODULE
+            and (node.target in opaque or has_hooks(model.get_submodule(str(node.target))))
+        )
+        if node.meta.get("writes") or node.meta.get("random") or node.target is guard or own_code:
+            node.meta["effect"] = True
 
 
 def graph_module(

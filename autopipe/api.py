@@ -1,0 +1,88 @@
+"""`autopipe.pipeline`: a model in, an engine out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopipe.capture.loss import LossFunction
+from autopipe.config import Auto, PipelineConfig
+from autopipe.engine.batch import split
+from autopipe.engine.context import make_context
+from autopipe.engine.engine import Engine
+from autopipe.errors import ConfigError
+from autopipe.plan import Plan
+
+
+def pipeline(
+    model: nn.Module,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    example_target: Any = None,
+    loss_fn: LossFunction | None = None,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    num_stages: int | Auto = "auto",
+    num_microbatches: int | Auto = "auto",
+    schedule: str = "auto",
+    precision: str = "fp32",
+    max_grad_norm: float | None = None,
+    loss_weight: Callable[[Any], float | Tensor] | None = None,
+    self_check: bool = True,
+    memory_limit: int | None = None,
+    split_points: Sequence[str] | None = None,
+    plan: Plan | str | Path | None = None,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> Engine:
+    """Makes an engine that trains `model` as a pipeline over the processes of the launch.
+
+    `autopipe.pipeline(model)` alone is enough: the model is captured and planned at the first batch. Every rank makes the
+    same call. Outside of torchrun it runs on one process with one stage.
+
+    Args:
+        model: any module, with the same parameters on every rank; its own `Parameter` objects are trained.
+        example_args, example_kwargs, example_target: a whole batch, as `train_batch` takes it; with it the model is planned
+            at once, so that `engine.parameters()` and `engine.plan` are there before the first step.
+
+    The other arguments are the fields of `autopipe.PipelineConfig`.
+
+    Raises:
+        ConfigError: an argument has a wrong value.
+        CaptureError, ProfileError, PartitionError, PlanError: with an example, what planning may raise; on every rank.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module",
+            where="model",
+            remedy="pass the module itself",
+        )
+    context = make_context(device)
+    config = PipelineConfig(
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        precision=precision,
+        max_grad_norm=max_grad_norm,
+        loss_weight=loss_weight,
+        self_check=self_check,
+        memory_limit=memory_limit,
+        split_points=split_points,
+        plan=Plan.load(plan) if isinstance(plan, (str, Path)) else plan,
+        device=context.device,
+        seed=seed,
+    )
+    engine = Engine(model, config, context)
+    if example_args or example_kwargs:
+        batch = split(example_args, example_kwargs or {}, example_target, engine.num_microbatches)
+        engine.prepare(batch[0])
+    return engine

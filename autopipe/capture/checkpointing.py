@@ -1,0 +1,67 @@
+"""Checkpoint regions of the model stay checkpoint regions in the graph: their nodes become one call that is computed again in the backward."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from autopipe.capture.regions import emit_regions
+
+
+class CheckpointRegion(nn.Module):
+    """Runs a piece of a graph under `torch.utils.checkpoint` (non-reentrant, random state preserved)."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self._body = (body,)  # in a tuple: the piece's parameters are the stage's own, under the model's names
+
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(self._body[0], *args, use_reentrant=False)
+
+
+def wrap_checkpoints(graph: fx.Graph, root: dict[str, Any]) -> dict[str, Any]:
+    """Replaces each run of nodes that share a `meta["checkpoint"]` by one call; returns the modules that these calls name.
+
+    Nodes that write in place outside of the run stay as they are: computing them again would write again.
+    """
+    added: dict[str, Any] = {}
+    compute = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    for number, (region, run) in enumerate(groupby(compute, key=lambda n: n.meta.get("checkpoint"))):
+        nodes = list(run)
+        if region is None or any(n.meta.get("writes") for n in nodes):
+            continue
+        name = f"_autopipe_checkpoint_{number}"
+        added[name] = _extract(graph, nodes, root, name)
+    return added
+
+
+def _extract(graph: fx.Graph, nodes: list[fx.Node], root: dict[str, Any], name: str) -> CheckpointRegion:
+    """Moves the nodes into a body of their own and puts a call of it in their place."""
+    inside, body, copies = set(nodes), fx.Graph(), dict[fx.Node, fx.Node]()
+    outside = list(dict.fromkeys(v for n in nodes for v in n.all_input_nodes if v not in inside))
+    for value in outside:
+        copies[value] = body.node_copy(value) if value.op == "get_attr" else body.placeholder(value.name)
+    for node in nodes:
+        copies[node] = body.node_copy(node, lambda v: copies[v])
+    returned = [n for n in nodes if any(u not in inside for u in n.users)]
+    body.output(tuple(copies[n] for n in returned))
+    parts = {n.target: root[n.target] for n in body.nodes if n.op in ("get_attr", "call_module")}
+    emit_regions(body)
+    with graph.inserting_after(nodes[-1]):
+        call = graph.call_module(name, tuple(v for v in outside if v.op != "get_attr"))
+    position = call
+    for i, node in enumerate(returned):
+        with graph.inserting_after(position):
+            item = position = graph.call_function(_take, (call, i))
+        item.meta = {k: v for k, v in node.meta.items() if k != "checkpoint"}
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside and user is not call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return CheckpointRegion(fx.GraphModule(parts, body))
+
+
+def _take(values: tuple[Any, ...], index: int) -> Any:
+    return values[index]

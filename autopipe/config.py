@@ -1,0 +1,84 @@
+"""Every setting of `autopipe.pipeline` in one validated record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from autopipe.capture.loss import LossFunction
+from autopipe.errors import ConfigError
+from autopipe.plan import SCHEDULES, Plan
+
+Auto = Literal["auto"]
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """The settings of a pipeline. `"auto"` leaves the choice to autopipe.
+
+    Attributes:
+        loss_fn: `loss_fn(output, target) -> scalar`; None: the model returns its loss.
+        optimizer: `params -> Optimizer`; None: the engine only leaves gradients.
+        lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
+        num_stages: number of stages; `auto`: one for each process.
+        num_microbatches: number of micro-batches in a batch; `auto`: four for each stage, as far as the batch has samples.
+        schedule: `1f1b` or `gpipe`; `auto`: 1f1b.
+        precision: `fp32` (the parameters' own dtype), or `bf16` (autocast).
+        max_grad_norm: gradients are scaled down to this norm over all stages; None: not at all.
+        loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
+            None: its number of samples.
+        self_check: replay one micro-batch through model and graph and compare.
+        memory_limit: bytes that a stage may hold; None: the device's memory on CUDA, no limit on a CPU.
+        split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
+        plan: a plan to use, or the path of one.
+        device: where this process's stage runs; None: the CUDA device of `LOCAL_RANK` where there is one, otherwise the CPU.
+        seed: random state from which every step's dropout follows; None: the generator's own state.
+    """
+
+    loss_fn: LossFunction | None = None
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    num_stages: int | Auto = "auto"
+    num_microbatches: int | Auto = "auto"
+    schedule: str = "auto"
+    precision: str = "fp32"
+    max_grad_norm: float | None = None
+    loss_weight: Callable[[Any], float | Tensor] | None = None
+    self_check: bool = True
+    memory_limit: int | None = None
+    split_points: Sequence[str] | None = None
+    plan: Plan | None = None
+    device: torch.device | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "num_microbatches"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise _wrong(name, value, "'auto' or a whole number of at least 1")
+        if self.schedule not in ("auto", *SCHEDULES):
+            raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(SCHEDULES)}")
+        if self.precision not in PRECISIONS:
+            raise _wrong("precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise _wrong("max_grad_norm", self.max_grad_norm, "a positive number or None")
+        for name in ("loss_fn", "optimizer", "lr_scheduler", "loss_weight"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                hint = "functools.partial(torch.optim.AdamW, lr=1e-3)" if name == "optimizer" else "a function"
+                raise _wrong(name, value, f"something callable, such as {hint}")
+        if self.lr_scheduler is not None and self.optimizer is None:
+            raise _wrong("lr_scheduler", "a scheduler without an optimizer", "an optimizer beside it")
+        if self.memory_limit is not None and self.memory_limit <= 0:
+            raise _wrong("memory_limit", self.memory_limit, "a positive number of bytes or None")
+
+
+def _wrong(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(
+        f"{name} = {value!r}", expected=expected, where="autopipe.pipeline()", remedy=f"pass another {name}"
+    )

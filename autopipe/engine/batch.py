@@ -1,0 +1,118 @@
+"""A batch goes in, micro-batches come out: tensors whose first dimension is the batch's are split, all else goes to each whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch: how the model is called with it, its target, and its number of samples."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Any
+    num_samples: int
+
+    def tensors(self, with_target: bool) -> list[Tensor]:
+        """The tensors in the order in which a captured graph takes them."""
+        given: tuple[Any, ...] = (self.args, dict(self.kwargs)) + ((self.target,) if with_target else ())
+        return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+
+    def signature(self) -> str:
+        """Identifies what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors."""
+        leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.target))
+        described = [
+            (tuple(v.shape), str(v.dtype), v.requires_grad) if isinstance(v, Tensor) else (type(v).__name__, repr(v))
+            for v in leaves
+        ]
+        return f"{spec}|{described}"
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
+    """The number of samples: the first dimension of the first tensor that has dimensions.
+
+    Raises:
+        ConfigError: there is no such tensor, or the batch is empty.
+    """
+    for leaf in pytree.tree_leaves((args, dict(kwargs), target)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            if leaf.shape[0] == 0:
+                raise ConfigError(
+                    "a batch of size 0",
+                    expected="at least one sample",
+                    where="the batch",
+                    remedy="skip empty batches, or set drop_last in the loader",
+                )
+            return leaf.shape[0]
+    raise ConfigError(
+        "a batch without tensors",
+        expected="at least one tensor whose first dimension is the batch",
+        where="the batch",
+        remedy="pass the batch to the call",
+    )
+
+
+def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_microbatches: int) -> list[MicroBatch]:
+    """Splits a batch into micro-batches of nearly equal size, at most one for each sample.
+
+    Every tensor whose first dimension equals the batch size is split along it; other tensors and values go to every micro-batch.
+    """
+    size = batch_size(args, kwargs, target)
+    count = min(num_microbatches, size)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs), target))
+    pieces: list[list[Any]] = [
+        list(torch.tensor_split(leaf, count))
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+        else [leaf] * count
+        for leaf in leaves
+    ]
+    result = []
+    for i in range(count):
+        part_args, part_kwargs, part_target = pytree.tree_unflatten([piece[i] for piece in pieces], spec)
+        num_samples = size // count + (1 if i < size % count else 0)
+        result.append(MicroBatch(args=part_args, kwargs=part_kwargs, target=part_target, num_samples=num_samples))
+    return result
+
+
+def weights(microbatches: list[MicroBatch], loss_weight: Callable[[Any], float | Tensor] | None) -> list[float]:
+    """The share of each micro-batch in the mean loss of the batch; they sum to 1.
+
+    Raises:
+        ConfigError: a weight is negative, or all are zero.
+    """
+    if loss_weight is None:
+        raw = [float(m.num_samples) for m in microbatches]
+    else:
+        raw = [float(loss_weight(m.target if m.target is not None else m.kwargs)) for m in microbatches]
+    total = sum(raw)
+    if min(raw) < 0 or not total > 0:
+        raise ConfigError(
+            f"micro-batch weights {raw}",
+            expected="numbers that are not negative, not all 0",
+            where="loss_weight",
+            remedy="return the number of counted labels",
+        )
+    return [w / total for w in raw]
+
+
+def check_device(microbatch: MicroBatch, device: torch.device) -> None:
+    """Raises a ConfigError where a tensor of the batch lies on another kind of device than the engine."""
+    given = (("args", microbatch.args), ("kwargs", microbatch.kwargs), ("target", microbatch.target))
+    for name, value in given:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.device.type != device.type:
+                raise ConfigError(
+                    f"a batch on device {leaf.device}",
+                    expected=f"device {device}",
+                    where=f"{name} of the batch",
+                    remedy=f"move it with .to({str(device)!r}) before the call, or pass device={str(leaf.device)!r} to pipeline()",
+                )

@@ -1,0 +1,161 @@
+"""This rank's parameters: its stage's share under the model's names, ties that other stages hold too, and the whole model's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from autopipe.engine.context import Context
+from autopipe.engine.transport import Transport
+from autopipe.errors import EngineError
+
+
+class StageParameters:
+    """The parameters and buffers that this rank holds.
+
+    Args:
+        model: the user's model; its own `Parameter` objects are trained.
+        names: every name of a parameter or buffer to its first name.
+        owned: the stages that hold each parameter and buffer, by first name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        owned: Mapping[str, tuple[int, ...]],
+        stage: int,
+        context: Context,
+        rank_of: Sequence[int],
+    ) -> None:
+        self._names, self._owned, self._stage, self._context, self._rank_of = names, owned, stage, context, rank_of
+        everything = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        self._persistent = list(model.state_dict(keep_vars=True))
+        self._mine: dict[str, Tensor] = {n: everything[n] for n, stages in owned.items() if stage in stages}
+        self._move(model)
+        trained = [n for n, t in everything.items() if n in owned and isinstance(t, nn.Parameter)]
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in trained:
+            if len(owned[name]) > 1:
+                groups.setdefault(owned[name], []).append(name)
+        self.tie_groups = tuple(sorted(groups))
+        self._tied = [groups[stages] for stages in self.tie_groups]
+        self._tie_process_groups: list[Any] = []
+
+    def _move(self, model: nn.Module) -> None:
+        """Puts what this rank holds on its device; a `Parameter` stays the same object."""
+        for name, tensor in self._mine.items():
+            if tensor.device.type == "meta":
+                raise EngineError(
+                    f"parameter {name!r} on the meta device",
+                    expected="parameters with data",
+                    where=name,
+                    remedy="materialise the model first, for example with model.to_empty(device='cpu') and its own initialisation",
+                )
+            if tensor.device != self._context.device:
+                tensor.data = tensor.data.to(self._context.device)
+
+    def open(self, transport: Transport) -> None:
+        """Makes the process groups of tied parameters. Collective."""
+        self._transport = transport
+        self._tie_process_groups = [
+            transport.new_group([self._rank_of[s] for s in stages]) for stages in self.tie_groups
+        ]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters, frozen ones too, under the model's names."""
+        for name, tensor in self._mine.items():
+            if isinstance(tensor, nn.Parameter):
+                yield name, tensor
+
+    def trainable(self) -> list[nn.Parameter]:
+        """This rank's parameters that require a gradient."""
+        return [p for _, p in self.named_parameters() if p.requires_grad]
+
+    # -- gradients ----------------------------------------------------------------------------------------------------
+
+    def set_aside(self) -> dict[str, Tensor]:
+        """Takes away the gradients of earlier calls, so that this call's are reduced alone."""
+        earlier = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
+        return earlier
+
+    def put_back(self, earlier: Mapping[str, Tensor]) -> None:
+        """Adds the gradients of earlier calls: two calls without `zero_grad` give the sum of both."""
+        for name, parameter in self.named_parameters():
+            if name in earlier:
+                parameter.grad = earlier[name] if parameter.grad is None else earlier[name].add_(parameter.grad)
+
+    def reduce_tied(self, group: int) -> None:
+        """Sums the gradients of one group of tied parameters over the stages that hold them."""
+        for name in self._tied[group]:
+            parameter = self._mine[name]
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if len({self._rank_of[s] for s in self.tie_groups[group]}) > 1:
+                dist.all_reduce(parameter.grad, group=self._tie_process_groups[group])
+
+    def clip(self, max_norm: float) -> float:
+        """Scales all gradients so that their norm over all stages is at most `max_norm`; returns the norm before.
+
+        A tied parameter counts once, on the first stage that holds it.
+        """
+        counted = [
+            p.grad for n, p in self.named_parameters() if p.grad is not None and self._owned[n][0] == self._stage
+        ]
+        square = get_total_norm(counted).double().cpu() ** 2 if counted else torch.zeros((), dtype=torch.float64)
+        self._transport.all_reduce(square)
+        norm = square.sqrt()
+        mine = [p for _, p in self.named_parameters()]
+        clip_grads_with_norm_(mine, max_norm, norm.to(torch.float32).to(self._context.device))
+        return float(norm)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's state on the CPU, under all of the model's names; the same on every rank. Collective."""
+        first = {n: t.detach().to("cpu", copy=True) for n, t in self._mine.items() if self._owned[n][0] == self._stage}
+        merged: dict[str, Tensor] = {}
+        for part in self._context.gather(first):
+            merged |= part
+        return {name: merged[self._names[name]] for name in self._persistent if name in self._names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies this rank's share out of a whole model's state.
+
+        Raises:
+            EngineError: a name is missing or unknown, or a shape differs.
+        """
+        missing = [n for n in self._persistent if n in self._names and n not in state]
+        unknown = [n for n in state if n not in self._names]
+        if missing or unknown:
+            got = f"a state without {missing[0]!r}" if missing else f"a state with {unknown[0]!r}"
+            raise EngineError(
+                got,
+                expected="the keys of the model's state_dict()",
+                where="load_state_dict",
+                remedy="load the state of the same model",
+            )
+        with torch.no_grad():
+            for name, value in state.items():
+                mine = self._mine.get(self._names[name])
+                if mine is None:
+                    continue
+                if mine.shape != value.shape:
+                    raise EngineError(
+                        f"shape {tuple(value.shape)}",
+                        expected=f"{tuple(mine.shape)}",
+                        where=name,
+                        remedy="load the state of the same model",
+                    )
+                mine.copy_(value)

@@ -1,0 +1,146 @@
+"""Moves tensors between stages: one two-rank group for each directed edge, order as the only matching, sends that do not block.
+
+The rules are those that NCCL needs; gloo, which would allow more, is held to the same. The numbers are those of the rules in
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopipe.engine.context import Context
+
+Flow = tuple[int, int]
+"""A directed edge between ranks: (from, to). Activations and gradients of one pair go over two flows (rule 3)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """What a message looks like: both ends know it before it is sent (rule 8)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @property
+    def order(self) -> list[int]:
+        """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory."""
+        return sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], d))
+
+
+@dataclass(slots=True)
+class Handle:
+    """Messages on their way; of a receive, `tensors` holds them after `join`."""
+
+    works: list[Any]
+    tensors: list[Tensor]
+    held: list[Tensor] = field(default_factory=list)
+
+    def join(self) -> list[Tensor]:
+        """Waits: on a CPU the host, on CUDA the current stream (rule 9)."""
+        for work in self.works:
+            work.wait()
+        if self.tensors and self.tensors[0].is_cuda:
+            for tensor in self.tensors:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self.works, self.held = [], []
+        return self.tensors
+
+    def done(self) -> bool:
+        """Whether all has arrived; does not block."""
+        return all(work.is_completed() for work in self.works)
+
+
+class Transport:
+    """Sends and receives of one rank."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._groups: dict[Flow, Any] = {}
+        self._streams: dict[Flow, torch.cuda.Stream] = {}
+        self._sequence: dict[Flow, int] = {}
+
+    def open(self, flows: Sequence[Flow]) -> None:
+        """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6)."""
+        new = sorted(set(flows) - self._groups.keys())
+        for flow in new:
+            self._groups[flow] = dist.new_group(sorted(flow))
+        for flow in new:
+            if self._context.rank in flow:
+                if self._context.device.type == "cuda":
+                    self._streams[flow] = torch.cuda.Stream(self._context.device, priority=-1)  # type: ignore[no-untyped-call]
+                self._warm_up(flow)
+
+    def _warm_up(self, flow: Flow) -> None:
+        spec = TensorSpec(shape=(1,), dtype=torch.uint8, stride=(1,))
+        if self._context.rank == flow[0]:
+            self.send(flow, [torch.zeros(1, dtype=torch.uint8, device=self._context.device)], [spec]).join()
+        else:
+            self.recv(flow, [spec]).join()
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+
+    def send(self, flow: Flow, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Handle:
+        """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
+        flat = [
+            _bytes(t.detach().permute(s.order).contiguous()) for t, s in zip(tensors, specs, strict=True) if t.numel()
+        ]
+        return Handle(self._issue(dist.isend, flow, flow[1], flat), [], flat)
+
+    def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
+        """Starts receiving into new tensors."""
+        dense = [torch.empty([s.shape[d] for d in s.order], dtype=s.dtype, device=self._context.device) for s in specs]
+        works = self._issue(dist.irecv, flow, flow[0], [_bytes(t) for t in dense if t.numel()])
+        inverse = [[s.order.index(d) for d in range(len(s.shape))] for s in specs]
+        return Handle(works, [t.permute(i) for t, i in zip(dense, inverse, strict=True)])
+
+    def _issue(self, operation: Any, flow: Flow, peer: int, flat: list[Tensor]) -> list[Any]:
+        """Unbatched operations, always (rule 2); on CUDA under a stream that waits for the producer alone (rule 5)."""
+        self._sequence[flow] = self._sequence.get(flow, 0) + 1
+        group, stream = self._groups[flow], self._streams.get(flow)
+        if stream is None:
+            return [operation(t, peer, group=group) for t in flat]
+        stream.wait_event(torch.cuda.current_stream(self._context.device).record_event())
+        with torch.cuda.stream(stream):
+            works = [operation(t, peer, group=group) for t in flat]
+        for t in flat:
+            t.record_stream(stream)
+        return works
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Gives every rank the tensor of rank `source`; small, on the CPU."""
+        if self._context.control is None:
+            return tensor
+        value = tensor.detach().to("cpu")
+        dist.broadcast(value, source, group=self._context.control)
+        return value
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        """Sums (or reduces by `op`) a tensor in place over a group, the control group where none is given."""
+        if self._context.control is not None:
+            dist.all_reduce(tensor, op, group=group or self._context.control)
+
+    def new_group(self, ranks: Sequence[int]) -> Any:
+        """A group for collectives among some ranks. Collective over all ranks."""
+        return dist.new_group(sorted(ranks), timeout=timedelta(minutes=30))
+
+    def close(self) -> None:
+        """Destroys the groups; peers that still wait on them get an error at once."""
+        groups, self._groups = self._groups, {}
+        for flow, group in groups.items():
+            if self._context.rank in flow and dist.is_initialized():
+                dist.destroy_process_group(group)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A dense tensor as bytes: every dtype travels, whatever the backend knows."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.reshape(-1).view(torch.uint8)
