@@ -19,7 +19,7 @@ STAGE_COLUMNS = (
     Column(name="optimizer MiB", decimals=1),
     Column(name="activation MiB", decimals=1),
     Column(name="peak MiB", decimals=1),
-    Column(name="% of limit"),
+    Column(name="% of limit", decimals=1),
     Column(name="forward ms", decimals=2),
     Column(name="backward ms", decimals=2),
     Column(name="send MiB", decimals=2),
@@ -127,8 +127,9 @@ def _summary(plan: Plan) -> str:
     lines = [
         f"imbalance {plan.imbalance:.1%}, bubble {plan.bubble:.1%}",
         f"step time {plan.step_us / 1e3:,.2f} ms" + (f", {rate:,.1f} samples/s" if rate is not None else ""),
-        f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms" + (f", gap {gap:.1%}" if gap is not None else ""),
     ]
+    if gap is not None:
+        lines.append(f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}")
     if plan.num_stages > 1:
         lines.append(f"links {link}{assumed}")
     return "\n".join(lines)

@@ -78,7 +78,13 @@ def test_table_has_the_figures_of_the_design() -> None:
     for words in ("layers.0 … layers.0.proj|x", "imbalance 0.0%", "step time", "samples/s", "lower bound 9.00 ms, gap"):
         assert words in text
     row = next(line for line in text.splitlines() if "layers.1" in line).split()
-    assert row == ["1", "layers.1", "2", "1", *["10.0", "10.0", "20.0", "30.0", "80.0", "80", "1.00", "2.00", "1.00", "100"]]
+    assert row == [
+        "1",
+        "layers.1",
+        "2",
+        "1",
+        *["10.0", "10.0", "20.0", "30.0", "80.0", "80.0", "1.00", "2.00", "1.00", "100"],
+    ]
     assert "equal nodes" in text and "+11" in text
 
 

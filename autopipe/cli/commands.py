@@ -1,0 +1,120 @@
+"""One function for each command: what it was asked goes in, what it found is written to stdout or a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from autopipe.cli.whatif import changed
+from autopipe.errors import ConfigError
+from autopipe.plan import Plan
+from autopipe.report import plan_report, profile_report, timeline_report
+from autopipe.simulate import simulate
+
+SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md", ".html": "html"}
+TIMELINE_SUFFIXES = {**SUFFIXES, ".json": "trace", ".svg": "svg"}
+
+
+def profile_command(options: argparse.Namespace) -> None:
+    """`autopipe profile MODEL`: measures and stops."""
+    from autopipe.cli.steps import profiled  # here and below: torch is loaded only by the commands that need it
+
+    profile = profiled(options)
+    _save(options, profile_report(profile, "json"))
+    _show(options, profile_report(profile, options.format or "table"))
+
+
+def plan_command(options: argparse.Namespace) -> None:
+    """`autopipe plan MODEL | --profile FILE`: the plan."""
+    from autopipe.cli.steps import planned
+
+    plan = planned(options)
+    _save(options, plan_report(plan, "json"))
+    _show(options, plan_report(plan, options.format or "table"))
+
+
+def report_command(options: argparse.Namespace) -> None:
+    """`autopipe report MODEL | --plan FILE | --profile FILE`: the plan and what it costs."""
+    _write(options, plan_report(_plan(options), _format(options, SUFFIXES)))
+
+
+def simulate_command(options: argparse.Namespace) -> None:
+    """`autopipe simulate MODEL | --plan FILE | --profile FILE`: the timeline of a step.
+
+    On a plan, the number of micro-batches, the schedule and the link are changed without planning again.
+    """
+    plan = _plan(options)
+    timeline = simulate(plan)
+    title = (
+        f"{plan.num_stages} stages, {plan.num_microbatches} micro-batches of {plan.microbatch_size} samples, "
+        f"{plan.schedule}, on {plan.device}{' (estimated costs)' if plan.estimated else ''}"
+    )
+    _write(options, timeline_report(timeline, _format(options, TIMELINE_SUFFIXES), title=title))
+
+
+def env_command(options: argparse.Namespace) -> None:
+    """`autopipe env`: versions, devices, backends and cores."""
+    from autopipe.cli.environment import environment_report
+
+    _write(options, environment_report(_format(options, SUFFIXES)))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "profile": profile_command,
+    "plan": plan_command,
+    "report": report_command,
+    "simulate": simulate_command,
+    "env": env_command,
+}
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """The plan of the call: from its file, with what the call changes, or made now."""
+    if options.plan is None:
+        from autopipe.cli.steps import planned
+
+        return planned(options)
+    if options.model is not None or options.profile is not None:
+        raise ConfigError(
+            "a plan and a model or profile",
+            expected="one of MODEL, --profile FILE and --plan FILE",
+            where="the command line",
+            remedy="leave --plan out to plan again",
+        )
+    return changed(Plan.load(options.plan), options)
+
+
+def _format(options: argparse.Namespace, suffixes: dict[str, str]) -> str:
+    """The format that was asked for, else that of the file's suffix, else a table."""
+    suffix = Path(options.output).suffix.lower() if options.output else ""
+    return str(options.format or suffixes.get(suffix, "table"))
+
+
+def _write(options: argparse.Namespace, text: str) -> None:
+    """To the file, or to stdout where none is named."""
+    if options.output:
+        _save(options, text)
+    elif not options.quiet:
+        sys.stdout.write(text)
+
+
+def _show(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        sys.stdout.write(text)
+
+
+def _save(options: argparse.Namespace, text: str) -> None:
+    if not options.output:
+        return
+    try:
+        Path(options.output).write_text(text)
+    except OSError as cause:
+        raise ConfigError(
+            f"cannot write {options.output!r}: {cause.strerror}",
+            where="-o",
+            remedy="name a file in a directory that exists and can be written",
+        ) from None
+    if not options.quiet:
+        print(f"wrote {options.output}", file=sys.stderr)

@@ -1,0 +1,132 @@
+"""Every option of the command line, and how its words become numbers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import NoReturn
+
+from autopipe.plan import SCHEDULES
+from autopipe.report import FORMATS
+from autopipe.report.timelines import TIMELINE_FORMATS
+
+OBJECTIVES = ("step", "bottleneck")
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BYTES_PER_US_OF_A_GBPS = 125.0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says a wrong call in the one line that all errors have."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        line = f"autopipe: error: {message}; remedy: see `{self.prog} --help`"
+        print(line, file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `autopipe`."""
+    top = Parser(prog="autopipe", description="Profiles, plans and simulates pipeline parallelism for a PyTorch model.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    shown = commands.add_parser("profile", help="measure a model node by node and stop")
+    _model(shown, required=True)
+    _run(shown, measured=True)
+    _output(shown, FORMATS, "write the profile as JSON to FILE")
+    plan = commands.add_parser("plan", help="cut a model or a profile into stages")
+    report = commands.add_parser("report", help="show what a plan costs, stage by stage, beside the usual splits")
+    simulate = commands.add_parser("simulate", help="play a step of a plan: timeline, bubble and memory of each rank")
+    for command in (plan, report, simulate):
+        _model(command, required=False)
+        command.add_argument("--profile", metavar="FILE", help="a profile, in place of a model")
+        _run(command, measured=True)
+        _planning(command)
+    for command in (report, simulate):
+        command.add_argument("--plan", metavar="FILE", help="a plan, in place of a model")
+    _output(plan, FORMATS, "write the plan as JSON to FILE")
+    _output(report, FORMATS, "write the report to FILE; its suffix chooses the format where none is given")
+    _output(
+        simulate,
+        TIMELINE_FORMATS,
+        "write to FILE; .svg, .html, .csv and .md choose the format, .json a trace for Perfetto",
+    )
+    env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
+    _output(env, ("table", "json"), "write to FILE")
+    return top
+
+
+def _model(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "model",
+        nargs=None if required else "?",
+        metavar="MODEL",
+        help="package.module:factory or file.py:factory; the factory returns (model, example_args) or "
+        "(model, example_args, example_kwargs), where the example is a whole batch",
+    )
+
+
+def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
+    command.add_argument(
+        "--num-microbatches", type=_count, metavar="M", help="micro-batches that a batch is split into"
+    )
+    if measured:
+        command.add_argument("--device", metavar="DEVICE", help="where to measure: cpu, cuda, cuda:1")
+
+
+def _planning(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--num-stages", type=_count, metavar="K", help="stages of the pipeline, one for each device of a replica")
+    add("--schedule", choices=SCHEDULES, help="order of forwards and backwards (default: 1f1b)")
+    add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
+    add("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 24GiB or 800MB")
+    add("--link-latency-us", type=_number, metavar="US", help="time of an empty message between stages")
+    add("--link-gbps", type=_positive, metavar="GBPS", help="bandwidth between stages, in gigabits per second")
+    add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
+    add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
+    add("--time-budget-s", type=_number, metavar="S", help="seconds of search for the best plan")
+
+
+def _output(command: argparse.ArgumentParser, formats: tuple[str, ...], help: str) -> None:
+    command.add_argument("--format", choices=formats, help="how to write it (default: table)")
+    command.add_argument("-o", "--output", metavar="FILE", help=help)
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bars, and nothing on stdout beside what -o writes"
+    )
+    command.add_argument("--debug", action="store_true", help="on an error, print the traceback too")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _positive(text: str) -> float:
+    if _number(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
+
+
+def _share(text: str) -> float:
+    if _number(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return float(text)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 24GiB or 800MB")
+    return size

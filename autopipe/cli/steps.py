@@ -1,0 +1,94 @@
+"""The steps behind the commands: a model is captured and profiled, a profile is planned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from autopipe.capture import capture
+from autopipe.cli.models import Example, load_example
+from autopipe.cli.whatif import link_of
+from autopipe.cost import DEFAULT_LINK
+from autopipe.engine.batch import MicroBatch, split
+from autopipe.errors import ConfigError
+from autopipe.partition import partition
+from autopipe.partition.request import MICROBATCHES_PER_STAGE
+from autopipe.plan import Plan
+from profiler import profile
+from profiler.records import Profile
+
+
+def profiled(options: argparse.Namespace) -> Profile:
+    """The profile of the call's model, at the size of a micro-batch; the whole batch where no number of them is given."""
+    example = load_example(options.model)
+    return _measured(options, example, _microbatches(example, options.num_microbatches or 1)[0])
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """The plan of the call's model or profile.
+
+    Raises:
+        ConfigError: not exactly one of them is given, or no number of stages.
+    """
+    if (options.model is None) == (options.profile is None):
+        raise ConfigError(
+            "no model" if options.model is None else "a model and a profile",
+            expected="one of MODEL and --profile FILE",
+            where="the command line",
+            remedy=f"see `autopipe {options.command} --help`",
+        )
+    if options.num_stages is None:
+        raise ConfigError(
+            "no number of stages", expected="--num-stages K", where="the command line", remedy="give --num-stages"
+        )
+    count = options.num_microbatches or MICROBATCHES_PER_STAGE * options.num_stages
+    if options.profile is not None:
+        return _partitioned(options, Profile.load(options.profile), count)
+    example = load_example(options.model)
+    microbatches = _microbatches(example, count)
+    return _partitioned(options, _measured(options, example, microbatches[0]), len(microbatches))
+
+
+def _microbatches(example: Example, count: int) -> list[MicroBatch]:
+    """The example batch in micro-batches, at most one for each sample."""
+    return split(example.args, example.kwargs, None, count)
+
+
+def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBatch) -> Profile:
+    captured = capture(example.model, microbatch.args, microbatch.kwargs)
+    if captured.opaque and not options.quiet:
+        print(captured.report(), file=sys.stderr)
+    return profile(
+        captured.graph_module,
+        captured.flatten(microbatch.args, microbatch.kwargs),
+        device=options.device,
+        progress=not options.quiet,
+        names=captured.names,
+        graph_hash=captured.graph_hash,
+    )
+
+
+def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatches: int) -> Plan:
+    asked = {
+        "schedule": options.schedule,
+        "data_parallel": options.data_parallel,
+        "objective": options.objective,
+        "time_budget_s": options.time_budget_s,
+    }
+    return partition(
+        measured,
+        num_stages=options.num_stages,
+        num_microbatches=num_microbatches,
+        link=link_of(measured.link or DEFAULT_LINK, options),
+        memory_limit=options.memory_limit or _device_memory_bytes(options),
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+
+
+def _device_memory_bytes(options: argparse.Namespace) -> int | None:
+    """The memory of the GPU that was measured; None on a CPU, and for a profile from a file."""
+    if options.model is None or options.device is None or torch.device(options.device).type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(torch.device(options.device)).total_memory)

@@ -1,0 +1,66 @@
+"""A plan and a call go in; the plan comes out with what the call changes, its cuts as they are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS
+from autopipe.errors import ConfigError
+from autopipe.plan import Plan
+from autopipe.simulate import simulate
+from profiler.records import LinkProfile
+
+
+def changed(plan: Plan, options: argparse.Namespace) -> Plan:
+    """A plan with the call's micro-batches, schedule, replicas, link and memory limit, its cuts as they are.
+
+    What follows from them by simulation (step time and bubble) is computed again; bounds and usual splits, which would need the
+    profile, are left out where the costs changed.
+
+    Raises:
+        ConfigError: the call asks for what only planning again can change.
+    """
+    for name in ("num_stages", "objective", "time_budget_s", "device"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} with --plan",
+                expected="what changes no cut",
+                where="the command line",
+                remedy="plan again from the model or with --profile FILE",
+            )
+    asked: dict[str, Any] = {
+        "num_microbatches": options.num_microbatches,
+        "schedule": options.schedule,
+        "data_parallel": options.data_parallel,
+        "memory_limit_bytes": options.memory_limit,
+        "link": link_of(plan.link, options),
+    }
+    asked = {name: value for name, value in asked.items() if value is not None and value != getattr(plan, name)}
+    if not asked:
+        return plan
+    new = dataclasses.replace(plan, **asked)
+    if asked.keys() <= {"memory_limit_bytes", "data_parallel"}:
+        return new
+    timeline = simulate(plan, num_microbatches=new.num_microbatches, schedule=new.schedule, link=new.link)
+    stages = tuple(
+        dataclasses.replace(s, peak_bytes=peak, activation_bytes=max(s.activation_bytes + peak - s.peak_bytes, 0))
+        for s, peak in zip(plan.stages, timeline.peak_bytes, strict=True)
+    )
+    unknown: dict[str, Any] = {"lower_bound_us": 0.0, "bottleneck_bound_us": 0.0, "proved": False, "baselines": ()}
+    return dataclasses.replace(new, stages=stages, step_us=timeline.makespan_us, bubble=timeline.mean_bubble, **unknown)
+
+
+def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:
+    """A link with the call's latency, bandwidth and overlap in the place of its own."""
+    asked: dict[str, Any] = {}
+    if options.link_latency_us is not None:
+        asked["latency_us"] = options.link_latency_us
+    if options.link_gbps is not None:
+        asked["bytes_per_us"] = options.link_gbps * BYTES_PER_US_OF_A_GBPS
+    if asked:
+        asked["measured"] = False
+    if options.overlap is not None:
+        asked["overlap"] = options.overlap
+    return dataclasses.replace(base, **asked)

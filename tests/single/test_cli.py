@@ -1,0 +1,233 @@
+"""The command line: its options are frozen, every command runs on a small model, and errors have one line and the right status."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autopipe.cli import main
+from autopipe.cli.options import parser
+from autopipe.plan import Plan
+from profiler.records import Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(4)]
+    return nn.Sequential(*blocks), (torch.randn(12, 16),)
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, *, mask):
+        return self.second(self.first(x) * mask)
+
+def masked():
+    return Masked(), (torch.randn(4, 8),), {"mask": torch.ones(4, 8)}
+
+def empty():
+    return nn.Linear(2, 2), (torch.randn(0, 2),)
+
+def broken():
+    raise RuntimeError("no weights here")
+
+def no_model():
+    return 1, 2
+
+value = 3
+"""
+
+PLANNING = [
+    "--data-parallel",
+    "--device",
+    "--link-gbps",
+    "--link-latency-us",
+    "--memory-limit",
+    "--num-microbatches",
+    "--num-stages",
+    "--objective",
+    "--overlap",
+    "--profile",
+    "--schedule",
+    "--time-budget-s",
+]
+COMMON = ["--debug", "--format", "--help", "--output", "--quiet", "-h", "-o"]
+FROZEN = {
+    "env": COMMON,
+    "plan": [*COMMON, *PLANNING],
+    "profile": [*COMMON, "--device", "--num-microbatches"],
+    "report": [*COMMON, *PLANNING, "--plan"],
+    "simulate": [*COMMON, *PLANNING, "--plan"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "small_model.py").write_text(MODEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOPIPE_CACHE_DIR", str(path / "cache"))
+        patch.setattr(sys, "path", [*sys.path])
+        yield str(path / "small_model.py")
+
+
+@pytest.fixture(scope="module")
+def profile(model: str) -> str:
+    path = str(Path(model).with_name("profile.json"))
+    assert main(["profile", f"{model}:build", "--num-microbatches", "4", "-o", path, "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(profile: str) -> str:
+    path = str(Path(profile).with_name("plan.json"))
+    argv = ["plan", "--profile", profile, "--num-stages", "2", "--num-microbatches", "4", "-o", path, "--quiet"]
+    assert main(argv) == 0
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], status: int, words: str, *argv: str) -> None:
+    """The call fails with one line on stderr, which has the words and a remedy."""
+    try:
+        got = main(argv)
+    except SystemExit as exit_:
+        got = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    assert (got, out) == (status, ""), err
+    assert len(err.splitlines()) == 1, err
+    assert words in err
+    assert "remedy: " in err
+
+
+def test_options_are_frozen() -> None:
+    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert {n: sorted(c._option_string_actions) for n, c in commands.items()} == {
+        n: sorted(o) for n, o in FROZEN.items()
+    }
+
+
+def test_profile_is_saved_and_shown(profile: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = Profile.load(profile)
+    assert saved.microbatch_size == 3
+    assert {node.module for node in saved.nodes} >= {"0.0", "3.2"}
+    assert main(["profile", f"{model}:build", "--format", "csv"]) == 0
+    assert capsys.readouterr().out.startswith("node,module,forward ms")
+
+
+def test_plan_is_saved(plan: str) -> None:
+    saved = Plan.load(plan)
+    assert (saved.num_stages, saved.num_microbatches, saved.microbatch_size) == (2, 4, 3)
+    assert len(saved.baselines) >= 3
+
+
+def test_report_of_a_model_has_each_node_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["report", f"{model}:build", "--num-stages", "2", "--num-microbatches", "4"]
+    assert main([*argv, "--format", "json", "--memory-limit", "1GiB"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    nodes = [name for stage in data["stages"] for name in stage["nodes"]]
+    assert len(nodes) == len(set(nodes)) == 12
+    assert data["memory_limit_bytes"] == 2**30
+    assert main([*argv, "--quiet", "-o", str(Path(model).with_suffix(".html"))]) == 0
+    assert capsys.readouterr().out == ""
+    assert Path(model).with_suffix(".html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_more_micro_batches_than_samples_are_as_many_as_samples(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{model}:masked", "--num-stages", "2", "--num-microbatches", "9", "--format", "json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["num_microbatches"], data["microbatch_size"]) == (4, 1)
+
+
+def test_what_if_keeps_the_cuts(plan: str, capsys: pytest.CaptureFixture[str]) -> None:
+    read = lambda *argv: (
+        main(["report", "--plan", plan, "--format", "json", *argv]),
+        json.loads(capsys.readouterr().out),
+    )[1]
+    base, more = read(), read("--num-microbatches", "8", "--link-gbps", "0.001", "--overlap", "0.5")
+    assert [s["nodes"] for s in base["stages"]] == [s["nodes"] for s in more["stages"]]
+    assert base["plan_hash"] == Plan.load(plan).plan_hash
+    assert more["link"]["bytes_per_us"] == 0.125
+    assert more["step_us"] > 2 * base["step_us"]
+    assert more["baselines"] == []
+    assert "lower bound" not in (main(["report", "--plan", plan, "--schedule", "gpipe"]), capsys.readouterr().out)[1]
+
+
+def test_simulate_writes_what_the_suffix_says(plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("t.svg", "t.json", "t.html", "t.csv", "t.md"):
+        assert main(["simulate", "--plan", plan, "-o", str(tmp_path / name), "--quiet"]) == 0
+    ET.parse(tmp_path / "t.svg")
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert "<svg" in (tmp_path / "t.html").read_text()
+    assert main(["simulate", "--plan", plan, "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["bubble"]) == 2
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["python"] == sys.version.split()[0]
+    assert "gloo" in found["backends"]
+
+
+def test_wrong_calls(model: str, profile: str, plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    stages = ("--num-stages", "2")
+    fails(capsys, 2, "frobnicate", "frobnicate")
+    fails(capsys, 2, "required", "profile")
+    fails(capsys, 2, "no model", "plan", *stages)
+    fails(capsys, 2, "a model and a profile", "plan", f"{model}:build", "--profile", profile, *stages)
+    fails(capsys, 2, "a plan and a model", "report", f"{model}:build", "--plan", plan)
+    fails(capsys, 2, "no number of stages", "plan", "--profile", profile)
+    fails(capsys, 2, "--num-stages with --plan", "report", "--plan", plan, *stages)
+    fails(capsys, 2, "'0' is not a whole number", "plan", "--num-stages", "0")
+    fails(capsys, 2, "'2' is not a share", "plan", "--profile", profile, *stages, "--overlap", "2")
+    fails(capsys, 2, "'12 parsecs' is not a size", "plan", "--profile", profile, "--memory-limit", "12 parsecs")
+    fails(capsys, 2, "'0' is not above 0", "plan", "--profile", profile, "--link-gbps", "0")
+    fails(capsys, 2, "stages", "plan", "--profile", profile, "--num-stages", "99")
+    fails(capsys, 2, "cannot read", "report", "--plan", str(tmp_path / "nothing.json"))
+    fails(capsys, 2, "schema", "report", "--plan", profile)
+    fails(capsys, 2, "cannot write", "report", "--plan", plan, "-o", str(tmp_path / "no" / "where.md"))
+    fails(capsys, 2, "invalid choice: 'xml'", "report", "--plan", plan, "--format", "xml")
+
+
+def test_wrong_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, 2, "package.module:factory or file.py:factory", "profile", "model")
+    fails(capsys, 2, "no file 'nowhere.py'", "profile", "nowhere.py:build")
+    fails(capsys, 2, "no module 'nowhere_at_all'", "profile", "nowhere_at_all.models:build")
+    fails(capsys, 2, "it has build, masked, empty, broken, no_model", "profile", f"{model}:bild")
+    fails(capsys, 2, "expected a factory", "profile", f"{model}:value")
+    fails(capsys, 2, "returns (int, int)", "profile", f"{model}:no_model")
+    fails(capsys, 2, "a batch of size 0", "profile", f"{model}:empty")
+    fails(capsys, 1, "RuntimeError: no weights here", "profile", f"{model}:broken")
+
+
+def test_debug_shows_the_traceback(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", f"{model}:broken", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "small_model.py" in err
+
+
+def test_runs_as_a_program(plan: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "autopipe.cli", "report", "--plan", plan],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step time" in done.stdout
