@@ -13,16 +13,18 @@ from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
 from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time
-from autopipe.partition.bottleneck import Problem, Solution, first_splits, improve
+from autopipe.partition.bottleneck import Problem, Solution, first_splits
 from autopipe.partition.bounds import load_bound_us, step_bound_us
 from autopipe.partition.effort import Effort
-from autopipe.partition.infeasible import check_fits, least_peak_split, too_little_memory
+from autopipe.partition.infeasible import check_fits
+from autopipe.partition.solve import least_load, reduce_problem
 from autopipe.partition.step import shortest_step
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, Profile
 
-PROOF_TOLERANCE = 1e-9
+PROOF_TOLERANCE = 1e-4
+"""A plan is called optimal where the bound is this close, relatively."""
 UNCONSTRAINED = "without the constraints"
 
 
@@ -103,25 +105,27 @@ def partition(
     effort = Effort(time_budget_s)
     if split_points:
         return _as_told(profile, problem, run, split_points, effort, seed)
-    stage_of = _searched(problem, run, effort, seed)
-    return assemble(profile, graph, run, stage_of, _certificate(problem, run, stage_of), {})
+    stage_of, load_bound = _searched(problem, run, effort, seed)
+    certificate = _certificate(problem, run, stage_of, load_bound)
+    return assemble(profile, graph, run, stage_of, certificate, {})
 
 
-def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> IntArray:
-    """The best assignment that the search finds."""
+def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[IntArray, float]:
+    """The best assignment that the search finds, and a bound on the largest load."""
     if problem.num_stages == 1:
         stage_of = np.zeros(problem.graph.num_nodes, np.int64)
         check_fits(problem, stage_of)
-        return stage_of
+        return stage_of, load_bound_us(problem.graph, 1)
     random = Random(seed)
-    starts = first_splits(problem, effort)
-    if not starts:
-        raise too_little_memory(problem, least_peak_split(problem))
-    best = improve(problem, starts[0], random, effort.share(0.5))
-    if run.objective == "bottleneck":
-        return best.stage_of
-    slower = [s for other in _with_dearer_transfers(problem) for s in first_splits(other, effort)[:2]]
-    return shortest_step(problem, [best, *starts, *slower, *_usual(problem)], effort)
+    small = reduce_problem(problem)
+    bottleneck = run.objective == "bottleneck"
+    part = effort if bottleneck else effort.share(0.4)
+    starts, best = least_load(small, random, part, rounds=60 if bottleneck else 3)
+    if bottleneck:
+        return best.solution.stage_of[small.index], best.bound_us
+    slower = [s for other in _with_dearer_transfers(small.problem) for s in first_splits(other, effort)[:2]]
+    found = shortest_step(small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], effort)
+    return found[small.index], best.bound_us
 
 
 def _with_dearer_transfers(problem: Problem) -> list[Problem]:
@@ -156,13 +160,12 @@ def _as_told(
         )
     stage_of = request.stages_from_split_points(profile, problem.graph, split_points)
     check_fits(problem, stage_of)
-    free = _searched(problem, run, effort, seed)
-    certificate = _certificate(problem, run, stage_of)
+    free, load_bound = _searched(problem, run, effort, seed)
+    certificate = _certificate(problem, run, stage_of, load_bound)
     return assemble(profile, problem.graph, run, stage_of, certificate, {UNCONSTRAINED: free})
 
 
-def _certificate(problem: Problem, run: Run, stage_of: IntArray) -> Certificate:
-    load_bound = load_bound_us(problem.graph, problem.num_stages)
+def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float) -> Certificate:
     step_bound = step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound)
     costs = stage_costs(problem.graph, stage_of, problem.num_stages)
     if run.objective == "bottleneck":

@@ -1,0 +1,107 @@
+"""The least largest load, from the first orders to the proof: reduction, interval DPs, re-linearisation, down-sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import numpy as np
+
+from autopipe.cost import IntArray
+from autopipe.partition.bottleneck import CLOSE_ENOUGH, Problem, Solution, first_splits, improve, search, split_order
+from autopipe.partition.bounds import load_bound_us
+from autopipe.partition.chain import TOLERANCE
+from autopipe.partition.effort import Effort
+from autopipe.partition.infeasible import least_peak_split, too_little_memory
+from autopipe.partition.lattice import Refined, refine
+from autopipe.partition.reduce import reduced
+
+SMALL = 64
+"""Nodes up to which the graph is searched as it is: reduction saves nothing, and may hide a stage of idle nodes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reduced:
+    """A problem after reduction, and (n) the node of it that stands for each node of the graph."""
+
+    problem: Problem
+    index: IntArray
+
+    @property
+    def merged(self) -> bool:
+        """Whether any nodes were merged."""
+        return self.problem.graph.num_nodes < len(self.index)
+
+
+def reduce_problem(problem: Problem) -> Reduced:
+    """The problem on the reduced graph, where that is worth it and leaves enough nodes."""
+    n = problem.graph.num_nodes
+    if n > SMALL:
+        graph, index = reduced(problem.graph, limited=bool(np.isfinite(problem.memory.limit_bytes)))
+        if graph.num_nodes >= problem.num_stages:
+            return Reduced(problem=dataclasses.replace(problem, graph=graph), index=index)
+    return Reduced(problem=problem, index=np.arange(n))
+
+
+def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> tuple[list[Solution], Refined]:
+    """The best split of each standard order, and the best split found with the bound that was proved.
+
+    Raises:
+        PartitionError: no split fits into memory.
+    """
+    problem = small.problem
+    bound = load_bound_us(problem.graph, problem.num_stages)
+    goal = bound * (1 + CLOSE_ENOUGH)
+    starts = first_splits(problem, effort)
+    if not starts:
+        starts = [_any_that_fits(problem, random, effort)]
+    best = improve(problem, starts[0], random, effort, goal, stall=10)
+    found = Refined(solution=best, bound_us=bound)
+    for share, stall in ((0.25, 25), (0.5, 60)):
+        found = _step(small, found, random, effort, share, goal)
+        if found.bound_us >= found.solution.load_us * (1 - CLOSE_ENOUGH) or effort.spent or not rounds:
+            break
+        part = effort.share(share)
+        budget = part.left_s
+        best = search(problem, [found.solution], random, part, stall, rounds)
+        effort.spend(seconds=budget - part.left_s)
+        found = Refined(solution=best, bound_us=found.bound_us)
+    else:
+        found = _step(small, found, random, effort, 1.0, goal)
+    return starts, _with_least_traffic(problem, found, effort)
+
+
+def _step(small: Reduced, found: Refined, random: Random, effort: Effort, share: float, goal: float) -> Refined:
+    part = effort.share(share)
+    budget = part.left_s
+    refined = refine(small.problem, found.solution, random, part, goal, merged=small.merged)
+    effort.spend(seconds=budget - part.left_s)
+    return Refined(solution=refined.solution, bound_us=max(refined.bound_us, found.bound_us))
+
+
+def _with_least_traffic(problem: Problem, found: Refined, effort: Effort) -> Refined:
+    """The same load with less traffic, where the order of the solution holds such a split."""
+    best = found.solution
+    if problem.graph.num_nodes >= problem.positions:
+        return found
+    again = split_order(problem, best.order, best.load_us * (1 + TOLERANCE), effort)
+    return (
+        found
+        if again is None or again.load_us > best.load_us * (1 + TOLERANCE)
+        else Refined(solution=again, bound_us=found.bound_us)
+    )
+
+
+def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution:
+    """A split that fits where no standard order holds one: through all the down-sets, if they are not too many."""
+    nearest = least_peak_split(problem)
+    graph = problem.graph
+    everything = float(graph.work_us.sum()) + 4 * graph.exposed * (
+        float((graph.tensor_bytes + graph.gradient_bytes).sum()) * problem.num_stages / graph.link.bytes_per_us
+        + graph.link.latency_us
+    )
+    start = Solution(load_us=everything, stage_of=nearest, order=np.arange(graph.num_nodes))
+    found = refine(problem, start, random, effort.share(0.5), 0.0).solution
+    if found is start:
+        raise too_little_memory(problem, nearest)
+    return found
