@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -31,25 +32,21 @@ class FailureBoard:
         """
         if self._store is None:
             return EngineError(message, remedy="see the error above")
-        if lost_connection:
-            cause = self._wait_for_cause()
-            transport.close()
-            if cause is not None:
-                return self._error(cause)
-            message = f"{message} (a rank has died without a word)"
-        first = self._record(message)
+        cause = self._wait_for_cause() if lost_connection else self._record(message)
         transport.close()
-        self._wait_for_readers()
-        return self._error(first)
+        if cause is None:
+            cause = self._record(f"{message} (a rank has died without a word)")
+        self._let_others_read()
+        return EngineError(str(cause["message"]), remedy=f"mend the first cause, which is that of rank {cause['rank']}")
 
     def _record(self, message: str) -> dict[str, Any]:
-        mine = json.dumps({"rank": self._context.rank, "message": message})
-        stored: dict[str, Any] = json.loads(self._store.compare_set(_KEY, "", mine))
+        """Leaves the message as the first cause, unless there is one; returns the first."""
+        mine = {"rank": self._context.rank, "message": message}
+        try:
+            stored: dict[str, Any] = json.loads(self._store.compare_set(_KEY, "", json.dumps(mine)))
+        except RuntimeError:
+            return mine  # the process that held the store is gone
         return stored
-
-    def _error(self, cause: dict[str, Any]) -> EngineError:
-        self._store.add(f"{_KEY}/seen", 1)
-        return EngineError(str(cause["message"]), remedy=f"mend the first cause, which is that of rank {cause['rank']}")
 
     def _wait_for_cause(self) -> dict[str, Any] | None:
         deadline = time.monotonic() + _WAIT_FOR_CAUSE_S
@@ -63,10 +60,11 @@ class FailureBoard:
             time.sleep(0.02)
         return None
 
-    def _wait_for_readers(self) -> None:
+    def _let_others_read(self) -> None:
         """The process that holds the store must not leave before the others have read the cause."""
         deadline = time.monotonic() + _WAIT_FOR_READERS_S
-        while time.monotonic() < deadline:
-            if self._store.add(f"{_KEY}/seen", 0) >= self._context.world_size - 1:
-                return
-            time.sleep(0.02)
+        with contextlib.suppress(RuntimeError):  # gone already: then nobody needs to wait
+            seen = self._store.add(f"{_KEY}/seen", 1)
+            while self._context.rank == 0 and seen < self._context.world_size and time.monotonic() < deadline:
+                time.sleep(0.02)
+                seen = self._store.add(f"{_KEY}/seen", 0)

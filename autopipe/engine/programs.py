@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,7 +82,7 @@ def capture_program(
             model, microbatch.args, microbatch.kwargs, loss_fn=loss, target=microbatch.target, check=check
         )
     if kind == "predict":
-        return captured
+        return dataclasses.replace(captured, loss=None)  # a loss that the model gives is an output like the others
     if captured.loss is None:
         values = [n.meta["val"] for n in captured.graph_module.graph.output_node().args[0]]  # type: ignore[union-attr]
         raise no_loss(captured.unflatten(values))

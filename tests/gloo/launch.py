@@ -13,6 +13,7 @@ from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "autopipe", "tests.gloo.models"])
+EXIT_WITHIN_S = 10.0
 
 
 def free_port() -> int:
@@ -35,7 +36,9 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
     return [value for _, value in results]
 
 
-def try_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[tuple[str, Any]]:
+def try_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0
+) -> list[tuple[str, Any]]:
     """As `run_ranks`, but gives for each rank ("ok", result), ("raised", traceback), ("died", exit code) or ("hung", "")."""
     port = free_port()
     pipes, processes = [], []
@@ -47,7 +50,12 @@ def try_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         pipes.append(here)
         processes.append(process)
     try:
-        return _collect(pipes, processes, time.monotonic() + timeout_s)
+        results = _collect(pipes, processes, time.monotonic() + timeout_s)
+        for rank, process in enumerate(processes):
+            process.join(EXIT_WITHIN_S)
+            if process.is_alive() and results[rank][0] != "hung":
+                results[rank] = ("did not exit after", results[rank])
+        return results
     finally:
         for process in processes:
             process.kill()
@@ -83,6 +91,6 @@ def _main(pipe: Connection, function: Callable[..., Any], args: Any, rank: int, 
     torch.manual_seed(0)
     try:
         pipe.send(("ok", function(*args)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (whatever it is, the parent is told)
         pipe.send(("raised", traceback.format_exc()))
     pipe.close()

@@ -146,7 +146,13 @@ def make(name: str, batch: int) -> Case:
         mask = torch.zeros(batch, 7, dtype=torch.bool)
         mask[:, 5:] = True
         kwargs = {"mask": mask, "labels": torch.randint(0, 30, (batch, 6))}
-        return EncoderDecoder(), (torch.randint(0, 30, (batch, 7)), torch.randint(0, 30, (batch, 6))), kwargs, None, None
+        return (
+            EncoderDecoder(),
+            (torch.randint(0, 30, (batch, 7)), torch.randint(0, 30, (batch, 6))),
+            kwargs,
+            None,
+            None,
+        )
     if name == "frozen":
         return Frozen(), (torch.randn(batch, 12),), {}, torch.randn(batch, 12), F.mse_loss
     raise ValueError(name)

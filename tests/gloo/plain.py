@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 
-def plain_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, loss_fn: Any, num_microbatches: int) -> float:
+def plain_step(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, loss_fn: Any, num_microbatches: int
+) -> float:
     """Adds the gradients of one batch to the model's; returns the mean loss. Samples weigh equally."""
     size = args[0].shape[0]
     count = min(num_microbatches, size)
@@ -17,7 +19,11 @@ def plain_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return list(torch.tensor_split(value, count)) if isinstance(value, Tensor) else [value] * count
 
     total = 0.0
-    split_args, split_kwargs, split_target = [parts(a) for a in args], {k: parts(v) for k, v in kwargs.items()}, parts(target)
+    split_args, split_kwargs, split_target = (
+        [parts(a) for a in args],
+        {k: parts(v) for k, v in kwargs.items()},
+        parts(target),
+    )
     for i in range(count):
         output = model(*(a[i] for a in split_args), **{k: v[i] for k, v in split_kwargs.items()})
         loss = loss_fn(output, split_target[i]) if loss_fn is not None else output["loss"]

@@ -1,0 +1,156 @@
+"""Loss, every gradient and every buffer of a pipeline equal those of the plain model, for any number of stages and micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.gloo.launch import run_ranks
+from tests.gloo.models import NAMES, make
+from tests.gloo.plain import plain_step, relative_error
+
+BATCH = 12
+TOLERANCE = 1e-6
+
+
+def _train_twice(name: str, num_microbatches: int, schedule: str) -> dict[str, Any]:
+    """Two calls without zero_grad beside two plain steps; the largest relative errors on this rank."""
+    import autopipe
+
+    model, args, kwargs, target, loss_fn = make(name, BATCH)
+    plain = copy.deepcopy(model)
+    engine = autopipe.pipeline(model, loss_fn=loss_fn, num_microbatches=num_microbatches, schedule=schedule)
+    loss = engine.train_batch(*args, target=target, **kwargs)
+    plain_loss = plain_step(plain, args, kwargs, target, loss_fn, num_microbatches)
+    expected = {n: p.grad for n, p in plain.named_parameters()}
+    once, errors = {}, {}
+    for n, p in engine.named_parameters():
+        assert (p.grad is None) == (expected[n] is None), n
+        if p.grad is not None:
+            once[n], errors[n] = p.grad.clone(), relative_error(p.grad, expected[n])
+    state, plain_state = engine.state_dict(), plain.state_dict()
+    assert list(state) == list(plain_state)
+    buffers = {n: relative_error(state[n].double(), b.double()) for n, b in plain.named_buffers()}
+    engine.train_batch(*args, target=target, **kwargs)
+    twice = all(torch.equal(p.grad, 2 * once[n]) for n, p in engine.named_parameters() if n in once)
+    transfers = [(t.source, t.target, t.nodes) for t in engine.plan.transfers]
+    covered = [n for n, _ in engine.named_parameters()]
+    engine.close()
+    return {
+        "loss": abs(float(loss) - plain_loss) / abs(plain_loss),
+        "gradient": max(errors.values(), default=0.0),
+        "buffer": max(buffers.values(), default=0.0),
+        "twice": twice,
+        "transfers": transfers,
+        "covered": covered,
+        "all": list(expected),
+    }
+
+
+def _all_counts(name: str, num_stages: int, schedule: str) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo")
+    counts = sorted({1, 2, max(1, num_stages - 1), num_stages, 3 * num_stages})
+    return [_train_twice(name, m, schedule) for m in counts]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_the_plain_models(name: str, num_stages: int) -> None:
+    ranks = run_ranks(_all_counts, num_stages, name, num_stages, "1f1b")
+    for results in ranks:
+        for result in results:
+            assert result["loss"] <= TOLERANCE
+            assert result["gradient"] <= TOLERANCE
+            assert result["buffer"] <= TOLERANCE
+            assert result["twice"]
+    for results in zip(*ranks, strict=True):
+        covered = set().union(*(r["covered"] for r in results))
+        assert covered == set(results[0]["all"])
+    if name == "unet" and num_stages == 4:
+        transfers = ranks[0][0]["transfers"]
+        assert any((source, target) == (0, 3) for source, target, _ in transfers)
+        readers: dict[str, set[int]] = {}
+        for _, target, nodes in transfers:
+            for node in nodes:
+                readers.setdefault(node, set()).add(target)
+        assert max(map(len, readers.values())) >= 2
+
+
+def test_gpipe_gives_the_same_gradients() -> None:
+    for results in run_ranks(_all_counts, 3, "gpt", 3, "gpipe"):
+        for result in results:
+            assert max(result["loss"], result["gradient"]) <= TOLERANCE
+
+
+def _evaluate(name: str) -> dict[str, float]:
+    import autopipe
+
+    model, args, kwargs, target, loss_fn = make(name, BATCH)
+    plain = copy.deepcopy(model)
+    engine = autopipe.pipeline(model, args, kwargs, example_target=target, loss_fn=loss_fn, num_microbatches=4)
+    loss = engine.eval_batch(*args, target=target, **kwargs)
+    output = engine.predict(*args, **kwargs)
+    plain.eval()
+    with torch.no_grad():
+        expected = plain(*args, **kwargs)
+        plain_loss = expected["loss"] if loss_fn is None else loss_fn(expected, target)
+    assert type(output) is type(expected)
+    if isinstance(expected, dict):
+        assert list(output) == list(expected)
+        assert output["nothing"] is None
+        output, expected = output["logits"], expected["logits"]
+    assert torch.equal(engine.state_dict()[next(iter(plain.state_dict()))], next(iter(plain.state_dict().values())))
+    engine.close()
+    return {"loss": abs(float(loss - plain_loss)), "output": relative_error(output, expected)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_before_any_training_equals_the_plain_models(name: str) -> None:
+    for result in run_ranks(_evaluate, 3, name):
+        assert result["loss"] <= 1e-5
+        assert result["output"] <= 1e-5
+
+
+def _train_with_optimizer(num_steps: int) -> dict[str, float]:
+    from functools import partial
+
+    import autopipe
+
+    model, args, kwargs, target, loss_fn = make("gpt", BATCH)
+    plain = copy.deepcopy(model)
+    engine = autopipe.pipeline(
+        model,
+        loss_fn=loss_fn,
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2),
+        max_grad_norm=0.5,
+        num_microbatches=4,
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    norms = 0.0
+    for _ in range(num_steps):
+        engine.train_batch(*args, target=target)
+        optimizer.zero_grad()
+        plain_step(plain, args, kwargs, target, loss_fn, 4)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        assert engine.grad_norm is not None
+        norms = max(norms, abs(engine.grad_norm - float(norm)) / float(norm))
+    state = engine.state_dict()
+    error = max(relative_error(state[n], p) for n, p in plain.state_dict().items())
+    drift = relative_error(state["head.weight"], state["wte.weight"])
+    engine.close()
+    return {"parameters": error, "norm": norms, "drift": drift}
+
+
+def test_optimizer_scheduler_and_clipping_follow_the_plain_run_and_ties_stay_tied() -> None:
+    for result in run_ranks(_train_with_optimizer, 3, 5):
+        assert result["parameters"] <= 1e-5
+        assert result["norm"] <= 1e-5
+        assert result["drift"] == 0.0
