@@ -14,7 +14,7 @@ MIN_LABEL_WIDTH = 14
 
 STYLE = """
 svg { font: 11px system-ui, sans-serif; }
-text { fill: #222; } .axis { stroke: #999; stroke-width: .5; } .idle { fill: #8882; }
+text { fill: #222; } .axis { stroke: #999; stroke-width: .5; } .idle { fill: #888; fill-opacity: .15; }
 .F { fill: #4c8bf5; } .B, .I { fill: #2f9e62; } .W { fill: #b48a12; } .SEND_F { fill: #8fb7ff; } .SEND_B { fill: #85cfa6; }
 .REDUCE_GRAD { fill: #c2255c; } .label { fill: #fff; text-anchor: middle; pointer-events: none; }
 .legend, .unit { text-anchor: start; } .tick { text-anchor: middle; } .rank { text-anchor: end; }

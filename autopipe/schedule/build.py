@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import Action, Edge, Schedule, restrict
 from autopipe.schedule.costs import Costs
-from autopipe.schedule.orders import ORDERS
+from autopipe.schedule.orders import ORDERS, SEVERAL_STAGES_A_RANK
 from autopipe.schedule.program import Program, issue_times_us, unroll
 
 
@@ -19,6 +19,7 @@ def build_schedule(
     *,
     costs: Costs | None = None,
     reductions: Iterable[Sequence[int]] = (),
+    num_ranks: int | None = None,
 ) -> Schedule:
     """The schedule of `num_microbatches` micro-batches over `num_stages` stages.
 
@@ -27,19 +28,22 @@ def build_schedule(
     wrong costs make it slower, never wrong. Every rank must pass the same arguments.
 
     Args:
-        kind: `1f1b`, `gpipe`, or `forward` (no backward: evaluation).
+        kind: `1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
         num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
         edges: which stages send to which, each pair once.
         costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.
         reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of them.
+        num_ranks: of `interleaved` and `forward`, the ranks over which the stages are dealt in turn; as many as stages otherwise.
 
     Raises:
-        ScheduleError: an unknown kind, no stage or no micro-batch, an edge or a group that the stages do not have.
+        ScheduleError: an unknown kind, ranks that it cannot use, no stage or no micro-batch, an edge or a group that the stages do not have.
     """
     edges = tuple(sorted(edges))
     groups = tuple(tuple(sorted(set(group))) for group in reductions)
-    _validate(kind, num_stages, num_microbatches, edges, groups)
-    orders = ORDERS[kind](num_stages, num_microbatches)
+    num_ranks = num_stages if num_ranks is None else num_ranks
+    _validate_numbers(kind, num_stages, num_microbatches, num_ranks)
+    _validate_graph(num_stages, edges, groups)
+    orders = ORDERS[kind](num_stages, num_microbatches, num_ranks)
     program = unroll(orders, edges, forward_only=kind == "forward")
     times = issue_times_us(program, costs or Costs.default(num_stages, edges))
     order = _global_order(program, times, () if kind == "forward" else groups)
@@ -71,13 +75,7 @@ def _global_order(program: Program, times: list[float], groups: tuple[tuple[int,
     return tuple(order)
 
 
-def _validate(
-    kind: str,
-    num_stages: int,
-    num_microbatches: int,
-    edges: tuple[Edge, ...],
-    groups: tuple[tuple[int, ...], ...],
-) -> None:
+def _validate_numbers(kind: str, num_stages: int, num_microbatches: int, num_ranks: int) -> None:
     if kind not in ORDERS:
         raise ScheduleError(
             f"schedule {kind!r}", expected=f"one of {', '.join(ORDERS)}", remedy="choose one of these schedules"
@@ -85,6 +83,15 @@ def _validate(
     for name, number in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
         if number < 1:
             raise ScheduleError(f"{name} = {number}", expected="at least 1", remedy=f"pass a positive {name}")
+    if not 1 <= num_ranks <= num_stages or (num_ranks < num_stages and kind not in SEVERAL_STAGES_A_RANK):
+        raise ScheduleError(
+            f"{num_stages} stages on {num_ranks} ranks under {kind}",
+            expected="as many ranks as stages, or fewer under interleaved and forward",
+            remedy="use the interleaved schedule, or another number of stages",
+        )
+
+
+def _validate_graph(num_stages: int, edges: tuple[Edge, ...], groups: tuple[tuple[int, ...], ...]) -> None:
     pairs = [(e.source, e.target) for e in edges]
     for pair in pairs:
         if not 0 <= pair[0] < pair[1] < num_stages:

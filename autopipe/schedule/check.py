@@ -10,14 +10,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from autopipe.errors import ScheduleError
-from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
-from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of, phase
-
-Flow = tuple[Kind, int, int]
-"""The messages of an edge in one direction: the kind of its sends, the sending and the receiving stage."""
-
-REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same arguments on every rank"
+from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
+from autopipe.schedule.check_rank import Flow, check_rank, fault, flows_of
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -33,23 +27,12 @@ def check_schedule(schedule: Schedule) -> None:
     """
     _check_computes(schedule)
     _check_transfers(schedule)
-    for rank, actions in enumerate(schedule.actions):
-        _check_rank(schedule, rank, actions)
+    for rank in range(schedule.num_ranks):
+        check_rank(schedule, rank)
     _check_reductions(schedule)
     _check_deadlock(schedule)
     if restrict(schedule.order, schedule.num_ranks, schedule.reductions) != schedule.actions:
-        raise _fault("lists that differ from the global order", "each list a restriction of it", "Schedule.order")
-
-
-def live_bound(kind: str, num_stages: int, num_ranks: int, num_microbatches: int, rank: int) -> int:
-    """The most activations of one stage that may be alive at once, counted in micro-batches."""
-    if kind in ("1f1b", "zb-h1"):
-        return min(num_stages - rank, num_microbatches)
-    return num_microbatches
-
-
-def _fault(got: str, expected: str, where: str) -> ScheduleError:
-    return ScheduleError(got, expected=expected, where=where, remedy=REMEDY)
+        raise fault("lists that differ from the global order", "each list a restriction of it", "Schedule.order")
 
 
 def _check_computes(schedule: Schedule) -> None:
@@ -57,18 +40,18 @@ def _check_computes(schedule: Schedule) -> None:
     kinds: tuple[Kind, ...] = ("F", "B")
     if schedule.kind == "forward":
         kinds = ("F",)
-    elif any(kind in ("I", "W") for kind, _, _ in counts):
+    elif schedule.kind == "zb-h1":
         kinds = ("F", "I", "W")
     wanted = {(k, s, m) for k in kinds for s in range(schedule.num_stages) for m in range(schedule.num_microbatches)}
     for key in sorted(wanted):
         if counts[key] != 1:
-            raise _fault(f"{Action(*key)} {counts[key]} times", "every compute once", f"stage {key[1]}")
+            raise fault(f"{Action(*key)} {counts[key]} times", "every compute once", f"stage {key[1]}")
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            if action.kind in ("F", "B", "I", "W") and (action.kind, action.stage, action.microbatch) not in wanted:
-                raise _fault(f"{action}", "computes of this schedule only", f"rank {rank}")
+            if action.kind in COMPUTES and (action.kind, action.stage, action.microbatch) not in wanted:
+                raise fault(f"{action}", "computes of this schedule only", f"rank {rank}")
             if schedule.rank_of(action.stage) != rank:
-                raise _fault(f"{action}", f"rank {schedule.rank_of(action.stage)}", f"rank {rank}")
+                raise fault(f"{action}", f"rank {schedule.rank_of(action.stage)}", f"rank {rank}")
 
 
 def _check_transfers(schedule: Schedule) -> None:
@@ -80,73 +63,27 @@ def _check_transfers(schedule: Schedule) -> None:
                 sent[a.kind, a.stage, a.peer].append(a.microbatch)
             elif a.kind in SEND_OF:
                 received[SEND_OF[a.kind], a.peer, a.stage].append(a.microbatch)
-    flows = set(_flows(schedule))
+    flows = {f for f in flows_of(schedule) if schedule.rank_of(f[1]) != schedule.rank_of(f[2])}
     for flow in sorted(flows | sent.keys() | received.keys()):
         where = f"{flow[0]} from stage {flow[1]} to {flow[2]}"
         if flow not in flows:
-            raise _fault("a transfer", "none: the stage graph has no such edge", where)
+            raise fault("a transfer", "none: the stage graph has no such edge", where)
         for done, microbatches in (("sent", sent[flow]), ("received", received[flow])):
             counts = Counter(microbatches)
             for m in range(schedule.num_microbatches):
                 if counts[m] != 1:
-                    raise _fault(f"micro-batch {m} {done} {counts[m]} times", "once", where)
+                    raise fault(f"micro-batch {m} {done} {counts[m]} times", "once", where)
             if len(counts) > schedule.num_microbatches:
-                raise _fault(f"micro-batch {max(counts)} {done}", f"{schedule.num_microbatches} of them", where)
+                raise fault(f"micro-batch {max(counts)} {done}", f"{schedule.num_microbatches} of them", where)
         if sent[flow] != received[flow]:
             first = next(i for i, (s, r) in enumerate(zip(sent[flow], received[flow], strict=True)) if s != r)
             got = f"micro-batch {sent[flow][first]} sent and {received[flow][first]} received as number {first}"
-            raise _fault(got, "the same sequence at both ends", where)
-
-
-def _flows(schedule: Schedule) -> list[Flow]:
-    edges = [e for e in schedule.edges if not schedule.is_local(e)]
-    return flows_of(edges, schedule.kind == "forward")
-
-
-def _check_rank(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
-    """What one rank's list must satisfy by itself: order of uses, posted receives, live activations."""
-    inward: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
-    for flow in _flows(schedule):
-        inward[flow[0], flow[2]].append(flow)
-    posted: dict[Flow, set[int]] = defaultdict(set)
-    computed: set[tuple[Kind | None, int, int]] = set()
-    inputs_done: set[tuple[int, int]] = set()
-    live: Counter[int] = Counter()
-    bound = live_bound(schedule.kind, schedule.num_stages, schedule.num_ranks, schedule.num_microbatches, rank)
-    for a in actions:
-        where = f"rank {rank}, {a}"
-        if a.kind in SEND_OF:
-            waiting = posted[SEND_OF[a.kind], a.peer, a.stage]
-            waiting.add(a.microbatch)
-            if len(waiting) > MAX_POSTED_RECEIVES:
-                raise _fault(f"{len(waiting)} receives posted", f"at most {MAX_POSTED_RECEIVES} ahead of use", where)
-        elif a.kind in RECEIVE_OF:
-            if (a.kind, a.stage, a.microbatch) not in computed:
-                raise _fault("a send before its tensor is computed", "the compute first", where)
-        elif a.kind == "W":
-            if (a.stage, a.microbatch) not in inputs_done:
-                raise _fault("weight gradients before the gradient of the inputs", "I before W", where)
-            live[a.stage] -= 1
-        elif a.kind != "REDUCE_GRAD":
-            for flow in inward[phase(a.kind), a.stage]:
-                if a.microbatch not in posted[flow]:
-                    raise _fault(f"a use before the receive from stage {flow[1]}", "the receive first", where)
-                posted[flow].discard(a.microbatch)
-            computed.add((phase(a.kind), a.stage, a.microbatch))
-            if a.kind == "F":
-                live[a.stage] += 1
-                if schedule.kind != "forward" and live[a.stage] > bound:
-                    raise _fault(f"{live[a.stage]} live activations", f"at most {bound}", where)
-            else:
-                if ("SEND_F", a.stage, a.microbatch) not in computed:
-                    raise _fault("a backward before its forward", "F first", where)
-                inputs_done.add((a.stage, a.microbatch))
-                live[a.stage] -= a.kind == "B"
+            raise fault(got, "the same sequence at both ends", where)
 
 
 def _check_reductions(schedule: Schedule) -> None:
     if schedule.kind == "forward" and schedule.reductions:
-        raise _fault("gradient reductions", "none in a forward-only schedule", "Schedule.reductions")
+        raise fault("gradient reductions", "none in a forward-only schedule", "Schedule.reductions")
     wanted = {
         action
         for group, stages in enumerate(schedule.reductions)
@@ -157,12 +94,12 @@ def _check_reductions(schedule: Schedule) -> None:
         found = Counter(a for a in actions if a.kind == "REDUCE_GRAD")
         for action in sorted((a for a in wanted if schedule.rank_of(a.stage) == rank), key=lambda a: a.microbatch):
             if found.pop(action, 0) != 1:
-                raise _fault(f"not one {action}", "one in the list of every member", f"rank {rank}")
+                raise fault(f"not one {action}", "one in the list of every member", f"rank {rank}")
             members = [s for s in schedule.reductions[action.microbatch] if schedule.rank_of(s) == rank]
             if actions.index(action) < max(last[s] for s in members):
-                raise _fault(f"{action} before the last backward", "the last backward first", f"rank {rank}")
+                raise fault(f"{action} before the last backward", "the last backward first", f"rank {rank}")
         if found:
-            raise _fault(f"{next(iter(found))}", "reductions of this schedule only", f"rank {rank}")
+            raise fault(f"{next(iter(found))}", "reductions of this schedule only", f"rank {rank}")
 
 
 def _check_deadlock(schedule: Schedule) -> None:
@@ -184,7 +121,7 @@ def _check_deadlock(schedule: Schedule) -> None:
     stuck = [r for r in range(schedule.num_ranks) if position[r] < len(schedule.actions[r])]
     if stuck:
         waits = ", ".join(f"rank {r} in {_head(schedule, position, r)}" for r in stuck)
-        raise _fault(f"a circular wait: {waits}", "an order in which every action can run", "Schedule.actions")
+        raise fault(f"a circular wait: {waits}", "an order in which every action can run", "Schedule.actions")
 
 
 def _head(schedule: Schedule, position: list[int], rank: int) -> Action | None:

@@ -44,7 +44,7 @@ class _Flow:
     consumed: list[int]
 
 
-def flows_of(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
+def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
     """Each edge is a flow of activations and, where gradients come back, one of gradients: (send, from stage, to stage)."""
     flows: list[tuple[Kind, int, int]] = [("SEND_F", e.source, e.target) for e in edges]
     if not forward_only:
@@ -67,7 +67,7 @@ class _Unroller:
         self.behind: list[int] = []
         self.inward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
         self.outward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
-        for send, source, target in flows_of(edges, forward_only):
+        for send, source, target in flows_of_edges(edges, forward_only):
             flow = _Flow(send, source, target, source % self.ranks == target % self.ranks, [], [], [])
             self.inward[send, target].append(flow)
             self.outward[send, source].append(flow)

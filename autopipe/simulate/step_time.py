@@ -63,7 +63,7 @@ def _rows(
     kind: str, num_stages: int, num_microbatches: int, edges: tuple[tuple[int, int, bool], ...], timed_links: bool
 ) -> tuple[Row, ...]:
     graph = [Edge(*edge) for edge in edges]
-    program = unroll(ORDERS[kind](num_stages, num_microbatches), graph, forward_only=kind == "forward")
+    program = unroll(ORDERS[kind](num_stages, num_microbatches, num_stages), graph, forward_only=kind == "forward")
     column = {(e.source, e.target): i for i, e in enumerate(graph)}
     return _compile(program, num_stages, column, timed_links)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autopipe.errors import EngineError, ScheduleError
 from autopipe.schedule import Action, Costs, Edge, Schedule, build_schedule, check_schedule
 
-KINDS = ("1f1b", "gpipe", "forward")
+KINDS = ("1f1b", "gpipe", "zb-h1", "forward")
 
 
 def chain(num_stages: int) -> list[Edge]:
@@ -81,12 +81,15 @@ def ends_under(schedule: Schedule, queues: str) -> bool:
     def needs(a: Action) -> list[Action]:
         if a.kind == "F":
             return [Action("RECV_F", a.stage, a.microbatch, e.source) for e in schedule.edges if e.target == a.stage]
-        if a.kind == "B":
+        if a.kind in ("B", "I"):
             received = [Action("RECV_B", a.stage, a.microbatch, e.target) for e in backward if e.source == a.stage]
             return [*received, Action("F", a.stage, a.microbatch)]
+        backward_kind = "I" if schedule.kind == "zb-h1" else "B"
         if a.kind == "REDUCE_GRAD":
-            return [Action("B", a.stage, m) for m in range(schedule.num_microbatches)]
-        return [Action("F" if a.kind == "SEND_F" else "B", a.stage, a.microbatch)] if "SEND" in a.kind else []
+            return [Action(backward_kind, a.stage, m) for m in range(schedule.num_microbatches)]
+        if a.kind == "W":
+            return [Action("I", a.stage, a.microbatch)]
+        return [Action("F" if a.kind == "SEND_F" else backward_kind, a.stage, a.microbatch)] if "SEND" in a.kind else []
 
     while any(lines.values()):
         ready = {line[0]: q for q, line in lines.items() if line and all(n in done for n in needs(line[0]))}
@@ -121,6 +124,34 @@ def test_ends_under_every_layout_of_queues(queues: str) -> None:
 def test_any_costs_give_a_proved_schedule(k: int, m: int, kind: str, rnd: random.Random) -> None:
     edges = random_graph(k, rnd, keep_chain=rnd.random() < 0.5)
     check_schedule(build_schedule(kind, k, m, edges, costs=random_costs(k, edges, rnd)))
+
+
+def test_every_interleaving_of_stages() -> None:
+    """Any number of stages on any number of ranks, groups that do not divide, local edges, and edges that skip."""
+    rnd = random.Random(2)
+    for num_ranks in range(1, 7):
+        for num_stages, num_microbatches in itertools.product(range(num_ranks, 3 * num_ranks + 2), range(1, 14)):
+            extra = [Edge(0, num_stages - 1)] if num_stages > 2 else []
+            for edges in (chain(num_stages), chain(num_stages) + extra):
+                groups = [(0, num_stages - 1)] if rnd.random() < 0.5 else []
+                check_schedule(
+                    build_schedule(
+                        "interleaved", num_stages, num_microbatches, edges, num_ranks=num_ranks, reductions=groups
+                    )
+                )
+            if num_stages <= 8:
+                graph = random_graph(num_stages, rnd, keep_chain=rnd.random() < 0.5)
+                costs = random_costs(num_stages, graph, rnd)
+                for kind in ("interleaved", "forward"):
+                    check_schedule(
+                        build_schedule(kind, num_stages, num_microbatches, graph, costs=costs, num_ranks=num_ranks)
+                    )
+
+
+def test_two_tied_stages_of_one_rank_reduce_once_there() -> None:
+    schedule = build_schedule("interleaved", 4, 4, chain(4), num_ranks=2, reductions=[(0, 2, 3)])
+    found = [[str(a) for a in actions if a.kind == "REDUCE_GRAD"] for actions in schedule.actions]
+    assert found == [["0REDUCE_GRAD0"], ["3REDUCE_GRAD0"]]
 
 
 def test_one_f_one_b_is_torchs_order() -> None:
@@ -167,6 +198,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: build_schedule("1f1b", 2, 2, [Edge(1, 0)]), "from stage 1 to 0"),
         (lambda: build_schedule("1f1b", 2, 2, [Edge(0, 2)]), "from stage 0 to 2"),
         (lambda: build_schedule("1f1b", 2, 2, [Edge(0, 1), Edge(0, 1, False)]), "twice"),
+        (lambda: build_schedule("1f1b", 4, 2, chain(4), num_ranks=2), "4 stages on 2 ranks under 1f1b"),
+        (lambda: build_schedule("interleaved", 2, 2, chain(2), num_ranks=3), "2 stages on 3 ranks"),
         (lambda: build_schedule("1f1b", 2, 2, chain(2), reductions=[(0, 2)]), "reduction group"),
     ):
         with pytest.raises(EngineError, match=match):
@@ -176,6 +209,9 @@ def test_wrong_arguments_are_named() -> None:
 def test_checking_is_fast() -> None:
     edges = [*chain(8), Edge(0, 7), Edge(2, 5)]
     schedule = build_schedule("1f1b", 8, 64, edges)
-    start = time.perf_counter()
-    check_schedule(schedule)
-    assert time.perf_counter() - start < 0.1
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        check_schedule(schedule)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.1

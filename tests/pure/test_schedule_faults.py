@@ -113,6 +113,19 @@ def test_backward_before_forward() -> None:
     rejects(moved(right, 0, "0B0", before="0F0"), "backward before its forward")
 
 
+def test_weights_before_inputs() -> None:
+    right = build_schedule("zb-h1", 2, 3, [Edge(0, 1)])
+    rejects(moved(right, 0, "0W1", before="0I1"), "weight gradients before the gradient of the inputs")
+    rejects(without(right, 1, "1W2"), "1W2 0 times")
+
+
+def test_use_before_another_stage_of_the_rank_made_it() -> None:
+    right = build_schedule("interleaved", 4, 2, [Edge(0, 1), Edge(1, 2), Edge(2, 3), Edge(0, 2)], num_ranks=2)
+    actions = [a for a in right.actions[0] if str(a) not in ("2RECV_F0>1", "2F0")]
+    early = [Action.parse("2RECV_F0>1"), Action.parse("2F0"), *actions]
+    rejects(changed(right, 0, early), "before stage 0 of this rank made it")
+
+
 def test_compute_on_the_wrong_rank(schedule: Schedule) -> None:
     lists = (schedule.actions[1], schedule.actions[0], *schedule.actions[2:])
     rejects(dataclasses.replace(schedule, actions=lists), "expected rank 1")
