@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
+from profiler.calibrate import residual_of
 from profiler.errors import ProfileError
 from profiler.graph import compute_inputs, compute_nodes, module_of
 from profiler.inputs import device_name, dtype_name, find_device, input_values, microbatch_size, place
@@ -31,6 +32,7 @@ def profile(
     budget_s: float = 60.0,
     progress: bool = True,
     cache: bool = True,
+    calibrate: bool = True,
     names: Mapping[str, str] | None = None,
     graph_hash: str = "",
 ) -> Profile:
@@ -49,6 +51,8 @@ def profile(
         budget_s: stop repeating, though not measuring, after this many seconds; the spread reached is in the profile.
         progress: a progress bar on stderr, where that is a terminal.
         cache: read and write measurements of earlier runs on this device (see `profiler.cache`).
+        calibrate: time a few contiguous segments too, and keep their time over that of their nodes as the `residual`; takes
+            up to a quarter of `budget_s` more.
         names: for parameters and buffers with several names, the one to report (optional; otherwise the first).
         graph_hash: copied into the profile.
 
@@ -75,7 +79,13 @@ def profile(
     bar = tqdm(total=len(nodes), desc="profile", unit="node", disable=None if progress else True, leave=False)
     with preserved(graph_module, where), torch.set_grad_enabled(train), bar:
         tensors = ModelTensors(graph_module, where, names)
-        measured = _measure(graph_module, inputs, where, NodeTimer(where, relative_error), budget_s, tensors, bar)
+        timer, records = NodeTimer(where, relative_error), MemoryRecords()
+        measured, made_up = _measure(graph_module, inputs, where, timer, budget_s, tensors, records, bar)
+        residual = 1.0
+        if calibrate:
+            residual = residual_of(
+                graph_module, inputs, where, tensors, timer, records, measured, budget_s / 4, made_up
+            )
     return Profile(
         nodes=tuple(measured),
         device=device_name(where),
@@ -83,6 +93,7 @@ def profile(
         torch=torch.__version__,
         microbatch_size=microbatch_size(inputs),
         parameters=tensors.profiles(),
+        residual=residual,
         graph_hash=graph_hash,
     )
 
@@ -94,10 +105,10 @@ def _measure(
     timer: NodeTimer,
     budget_s: float,
     tensors: ModelTensors,
+    records: MemoryRecords,
     bar: tqdm[Any],
-) -> list[NodeProfile]:
-    """Walks the graph; where made-up values were the reason for a failure, once more on true ones."""
-    records = MemoryRecords()
+) -> tuple[list[NodeProfile], bool]:
+    """Walks the graph; where made-up values were the reason for a failure, once more on true ones. Says which it was."""
     for make_up_values in (True, False):
         found: list[NodeProfile] = []
 
@@ -114,7 +125,7 @@ def _measure(
             if not walk.made_up:
                 raise
             continue
-        return [dataclasses.replace(n, saved_bytes=walk.saved_bytes[n.name]) for n in found]
+        return [dataclasses.replace(n, saved_bytes=walk.saved_bytes[n.name]) for n in found], make_up_values
     raise AssertionError("the second walk makes up nothing")
 
 
@@ -140,11 +151,12 @@ def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:
     targets = [*attributes, *(v.target for v in visit.call.own.values() if v.target is not None)]
     params = tuple(dict.fromkeys(name for t in targets if (name := tensors.name_of(t)) is not None))
     group = node.meta.get("group")
+    again = visit.is_recomputed and timing.backward_us > 0
     return NodeProfile(
         name=node.name,
         inputs=compute_inputs(node),
         forward_us=timing.forward_us,
-        backward_us=timing.backward_us,
+        backward_us=timing.backward_us + (timing.forward_us if again else 0.0),
         output_bytes=sum(o.num_bytes for o in trace.outputs),
         module=module_of(node),
         params=params,

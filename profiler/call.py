@@ -26,7 +26,8 @@ class Call:
         module: the submodule that it calls; None for functions and methods.
         spec: the structure of (args, kwargs).
         leaves: their leaves; a `Value` stands for a tensor.
-        own: parameters and buffers of `module`, by their names inside it.
+        own: parameters and buffers of the submodules that it calls or is given, by their dotted paths in the model.
+        model: the graph module.
     """
 
     node: fx.Node
@@ -34,6 +35,7 @@ class Call:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     own: Mapping[str, Value]
+    model: nn.Module
 
     @property
     def values(self) -> list[Value]:
@@ -64,8 +66,8 @@ class Call:
         return args, kwargs
 
     def with_own(self, tensors: Mapping[str, Tensor]) -> Any:
-        """A context in which `module` holds these tensors."""
-        return swapped(self.module or _NO_MODULE, tensors)
+        """A context in which the model holds these tensors, by their dotted paths."""
+        return swapped(self.model, tensors)
 
     @contextmanager
     def named_failure(self, doing: str) -> Iterator[None]:
@@ -94,12 +96,24 @@ class Call:
         return f"{kind}{name}({shapes})"
 
 
-_NO_MODULE = nn.Module()
+def call_of(
+    node: fx.Node,
+    model: fx.GraphModule,
+    env: Mapping[fx.Node, Any],
+    own: Mapping[str, Value],
+    moved: Mapping[torch.device, torch.device],
+) -> Call:
+    """The call that a node makes, given the values of the nodes before it.
 
-
-def call_of(node: fx.Node, model: fx.GraphModule, env: Mapping[fx.Node, Any], own: Mapping[str, Value]) -> Call:
-    """The call that a node makes, given the values of the nodes before it."""
+    Args:
+        node: a compute node.
+        model: its graph module.
+        env: the values of the nodes before it.
+        own: parameters and buffers of the submodules that it calls or is given.
+        moved: devices that the graph names (`torch.arange(n, device=...)`), each with the one that stands for it here.
+    """
     args, kwargs = fx.node.map_arg((tuple(node.args), dict(node.kwargs)), lambda n: env[n])
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [moved.get(leaf, leaf) if isinstance(leaf, torch.device) else leaf for leaf in leaves]
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return Call(node=node, module=module, spec=spec, leaves=tuple(leaves), own=own)
+    return Call(node=node, module=module, spec=spec, leaves=tuple(leaves), own=own, model=model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import fx
 from torch.amp import autocast_mode
@@ -35,6 +37,20 @@ def module_of(node: fx.Node) -> str:
     if stack:
         return str(next(reversed(stack)))
     return str(node.target) if node.op == "call_module" else ""
+
+
+def recomputed_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Nodes that run under `torch.utils.checkpoint`, each with the number of its region.
+
+    Capture notes the region as `node.meta["checkpoint"]`; a run of such nodes is computed again in the backward, unless one
+    of them writes in place (`node.meta["writes"]`).
+    """
+    found: dict[fx.Node, int] = {}
+    for number, (region, run) in enumerate(groupby(compute_nodes(graph), key=lambda n: n.meta.get("checkpoint"))):
+        nodes = list(run)
+        if region is not None and not any(n.meta.get("writes") for n in nodes):
+            found |= dict.fromkeys(nodes, number)
+    return found
 
 
 def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -16,8 +16,8 @@ from profiler.memory import peak_memory, tensors_in
 from profiler.trace import Trace
 
 MIN_REPEATS, MAX_REPEATS = 5, 200
-"""Repeats of a node beside the warm-up; a node that takes over a second is repeated three times, a cheap one a few."""
-TRIVIAL_US = 30.0
+"""Repeats of a node beside the warm-up; a node that takes over half a second is repeated three times at least, and not warmed up again."""
+TRIVIAL_US, LONG_S = 30.0, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class NodeTimer:
 
     def __init__(self, device: torch.device, relative_error: float) -> None:
         self._device, self._relative_error = device, relative_error
-        self._clock = clock_for(device)
-        self._backward_start_us = _backward_start_us(self._clock, device)
+        self.clock = clock_for(device)
+        self._backward_start_us = _backward_start_us(self.clock, device)
 
     def measure(
         self, call: Call, trace: Trace, tensors: Sequence[Tensor], own: Mapping[str, Tensor], budget_s: float
@@ -66,11 +66,13 @@ class NodeTimer:
         trial = _Trial(call=call, trace=trace, tensors=tensors, own=own)
         forward, backward = list[float](), list[float]()
         with call.with_own(own):
+            start = time.perf_counter()
             workspace_bytes = trial.workspace_bytes(self._device)
             deadline = time.perf_counter() + budget_s
-            trial.run(self._clock)
+            if deadline - budget_s - start < LONG_S:
+                trial.run(self.clock)
             while True:
-                f, b = trial.run(self._clock)
+                f, b = trial.run(self.clock)
                 forward.append(f)
                 backward.append(max(0.0, b - self._backward_start_us) if trial.is_differentiated else 0.0)
                 total = [f + b for f, b in zip(forward, backward, strict=True)]
@@ -86,7 +88,7 @@ class NodeTimer:
         )
 
     def _is_enough(self, count: int, median: float, spread: float, is_late: bool, trial: _Trial) -> bool:
-        if count < (3 if median > 1e6 else MIN_REPEATS):
+        if count < (3 if median > LONG_S * 1e6 else MIN_REPEATS):
             return False
         is_trivial = median < TRIVIAL_US and not trial.trace.new_bytes
         return is_late or is_trivial or spread <= self._relative_error or count >= MAX_REPEATS

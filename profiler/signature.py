@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from profiler.call import Call
 from profiler.values import Value
@@ -61,7 +61,7 @@ def signature_of(call: Call, device_type: str) -> Signature:
         writer.module(call.module) if call.module is not None else "",
         str(call.spec),
         ";".join(tensor(x) if isinstance(x, Value) else writer.write(x) for x in call.leaves),
-        ";".join(f"{name}={tensor(v)}" for name, v in call.own.items()),
+        ";".join(tensor(v) for v in call.own.values()),
         _modes(device_type),
     ]
     text = "|".join(str(p) for p in parts)
@@ -99,7 +99,9 @@ class _Writer:
             return "..."
         if isinstance(x, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             return str(x)
-        if callable(x) and not isinstance(x, nn.Module):
+        if isinstance(x, nn.Module):
+            return self.module(x)
+        if callable(x):
             return self._callable(x)
         return self._identity(x)
 
@@ -120,11 +122,13 @@ class _Writer:
         cls = type(module)
         if cls.__module__.split(".")[0] != "torch":
             self.is_portable = False
+        children = ",".join(f"{n}:{self.module(m)}" for n, m in module.named_children())
+        if isinstance(module, fx.GraphModule):
+            return f"graph({module.code};{children})"
         registries = ("_parameters", "_buffers", "_modules")
         attributes = {
             k: v for k, v in vars(module).items() if k not in registries and not (isinstance(v, (dict, set)) and not v)
         }
-        children = ",".join(f"{n}:{self.module(m)}" for n, m in module.named_children())
         body = ",".join(f"{k}={self.write(v)}" for k, v in sorted(attributes.items()))
         return f"{cls.__module__}.{cls.__qualname__}({body};{children})"
 

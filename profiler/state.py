@@ -24,7 +24,7 @@ def preserved(model: nn.Module, device: torch.device) -> Iterator[None]:
     arrays = numpy.random.get_state() if numpy is not None else None
     attributes = [(m, _plain_attributes(m)) for m in model.modules()]
     devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), _modes():
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), preserved_modes():
         try:
             yield
         finally:
@@ -36,7 +36,7 @@ def preserved(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _modes() -> Iterator[None]:
+def preserved_modes() -> Iterator[None]:
     """Restores grad mode and autocast however the block ends: a graph may fail between `enter` and `exit`."""
     grad = torch.is_grad_enabled()
     torch.autocast_increment_nesting()

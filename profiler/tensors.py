@@ -49,6 +49,10 @@ class ModelTensors:
         """Forgets the copies, so that buffers begin again as the model holds them."""
         self._ready.clear()
 
+    def devices(self) -> set[torch.device]:
+        """Where the model's parameters and buffers are."""
+        return {t.device for t in self._tensors.values()}
+
     def profiles(self) -> dict[str, ParameterProfile]:
         """Size of each parameter and buffer, by its one name."""
         return {
@@ -70,11 +74,17 @@ class ModelTensors:
         tensor = self._tensors[name]
         return tensor.numel() * tensor.element_size()
 
-    def own(self, module_target: str) -> dict[str, str]:
-        """Parameters and buffers of a submodule: name inside it → dotted path in the model."""
-        module = self._model.get_submodule(module_target)
-        found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        return {name: f"{module_target}.{name}" if module_target else name for name, _ in found}
+    def own(self, node: fx.Node) -> list[str]:
+        """Dotted paths of the parameters and buffers of the submodules that a node calls or is given, each once."""
+        targets = [str(node.target)] if node.op == "call_module" else []
+        targets += [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        paths: dict[str, None] = {}
+        for target in targets:
+            module = self.original(target)
+            if isinstance(module, nn.Module):
+                for named in (module.named_parameters, module.named_buffers):
+                    paths |= dict.fromkeys(f"{target}.{name}" for name, _ in named(remove_duplicate=False))
+        return list(paths)
 
     def is_resident(self, target: str) -> bool:
         """Whether the tensor is on the device already."""

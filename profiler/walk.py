@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from profiler.call import Call, call_of
-from profiler.graph import compute_nodes, is_region, last_readers
+from profiler.graph import compute_nodes, is_region, last_readers, recomputed_nodes
 from profiler.nodes import Timing
 from profiler.signature import Signature, signature_of
 from profiler.tensors import ModelTensors
@@ -30,12 +30,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One node as the walk met it: its call, its signature's record, its own trace, and its output."""
+    """One node as the walk met it: its call, its signature's record, its own trace, its output, and
+    whether its forward runs again in the backward."""
 
     call: Call
     record: Record
     trace: Trace
     output: Any
+    is_recomputed: bool
 
 
 class Measure(Protocol):
@@ -90,16 +92,20 @@ class Walk:
         self._measure, self._records, self._make_up_values = measure, records, make_up_values
         self._deadline = time.perf_counter() + budget_s
         self._kinds_left = {_kind(n, model) for n in compute_nodes(model.graph)}
+        self._moved = dict.fromkeys((torch.device("meta"), *tensors.devices()), device)
         self._env: dict[fx.Node, Any] = {}
+        self._recomputed = recomputed_nodes(model.graph)
         self._storages: dict[str, Storage] = {}
         self.saved_bytes: dict[str, int] = {n.name: 0 for n in compute_nodes(model.graph)}
         self.made_up = False
 
-    def run(self, visited: Callable[[Visit], None]) -> None:
-        """Walks the whole graph and reports each compute node."""
+    def run(self, visited: Callable[[Visit], None], arriving: Callable[[fx.Node], None] | None = None) -> None:
+        """Walks the whole graph, tells of each node before it is entered, and reports each compute node after it."""
         inputs = iter(self._args)
         dying = last_readers(self._model.graph)
         for node in self._model.graph.nodes:
+            if arriving is not None:
+                arriving(node)
             if node.op == "placeholder":
                 self._env[node] = self._input(next(inputs))
             elif node.op == "get_attr":
@@ -112,6 +118,10 @@ class Walk:
                 visited(visit)
             for dead in dying.get(node, ()):
                 self._env.pop(dead, None)
+
+    def real_output(self, node: fx.Node) -> Any:
+        """The output of a node that later ones still read, with real tensors."""
+        return pytree.tree_map_only(Value, self._real, self._env[node])
 
     def _input(self, arg: Any) -> Any:
         if not isinstance(arg, Tensor):
@@ -129,10 +139,8 @@ class Walk:
         return value
 
     def _compute(self, node: fx.Node) -> Visit:
-        own: dict[str, Value] = {}
-        if node.op == "call_module":
-            own = {name: self._attribute(path) for name, path in self._tensors.own(str(node.target)).items()}
-        call = call_of(node, self._model, self._env, own)
+        own = {path: self._attribute(path) for path in self._tensors.own(node)}
+        call = call_of(node, self._model, self._env, own, self._moved)
         signature = signature_of(call, self._device.type)
         record = self._records.get(signature)
         if record is None or not (self._make_up_values and record.trace.needs_no_values):
@@ -140,14 +148,17 @@ class Walk:
         else:
             output, trace, self.made_up = None, record.trace, True
         value, new = output_values(call, trace, output)
-        self._charge(call, trace, new)
+        if node in self._recomputed:
+            self._charge_inputs(node)
+        else:
+            self._charge(call, trace, new)
         self._kinds_left.discard(_kind(node, self._model))
-        return Visit(call=call, record=record, trace=trace, output=value)
+        return Visit(call=call, record=record, trace=trace, output=value, is_recomputed=node in self._recomputed)
 
     def _execute(self, call: Call, signature: Signature, record: Record | None) -> tuple[Any, Trace, Record]:
         with call.named_failure("run"):
             tensors = [self._real(v) for v in call.values]
-            own = {name: self._real(v) for name, v in call.own.items()}
+            own = {path: self._real(v) for path, v in call.own.items()}
             output, trace = run_traced(call, tensors, own)
         if record is None:
             with call.named_failure("measured"):
@@ -173,11 +184,21 @@ class Walk:
         """Counts what the node keeps for backward, each storage once, for the node that made it."""
         sources = call.sources
         for place in trace.saved:
-            storage = sources[place] if place >= 0 else new[-1 - place]
-            if storage.owner is not None and not storage.saved:
-                storage.saved = True
-                self.saved_bytes[storage.owner] += storage.num_bytes
+            self._hold(sources[place] if place >= 0 else new[-1 - place])
         self.saved_bytes[call.node.name] += trace.saved_inside_bytes
+
+    def _charge_inputs(self, node: fx.Node) -> None:
+        """A checkpoint keeps the tensors that it is given, and nothing of what its nodes keep."""
+        for source in node.all_input_nodes:
+            if self._recomputed.get(source) != self._recomputed[node]:
+                for leaf in pytree.tree_leaves(self._env[source]):
+                    if isinstance(leaf, Value):
+                        self._hold(leaf.storage)
+
+    def _hold(self, storage: Storage) -> None:
+        if storage.owner is not None and not storage.saved:
+            storage.saved = True
+            self.saved_bytes[storage.owner] += storage.num_bytes
 
 
 def _kind(node: fx.Node, model: fx.GraphModule) -> tuple[str, ...]:

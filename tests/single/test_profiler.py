@@ -73,20 +73,23 @@ def test_everything_is_left_as_it_was(name):
 
 def test_totals_are_near_the_plain_models():
     model, ids = Gpt(layers=4, width=128, vocabulary=512, length=64), torch.randint(0, 512, (4, 64))
-    profile = quick(model, (ids, ids), budget_s=3.0)
-    forward, backward = [], []
-    for _ in range(15):
-        start = time.perf_counter()
-        loss = model(ids, ids)
-        middle = time.perf_counter()
-        loss.backward()
-        forward.append(middle - start)
-        backward.append(time.perf_counter() - middle)
-    for total, plain in (
-        (sum(n.forward_us for n in profile.nodes), statistics.median(forward)),
-        (sum(n.backward_us for n in profile.nodes), statistics.median(backward)),
-    ):
-        assert 0.4 < total / (plain * 1e6) < 2.0
+    ratios = []
+    for _ in range(5):  # the machine may be busy with something else at any time
+        profile = quick(model, (ids, ids), budget_s=3.0)
+        forward, backward = zip(*(timed(model, ids) for _ in range(15)), strict=True)
+        ratios.append(sum(n.forward_us for n in profile.nodes) / statistics.median(forward))
+        ratios.append(sum(n.backward_us for n in profile.nodes) / statistics.median(backward))
+        if all(0.6 < r < 1.6 for r in ratios[-2:]):
+            return
+    raise AssertionError(ratios)
+
+
+def timed(model, ids):
+    start = time.perf_counter()
+    loss = model(ids, ids)
+    middle = time.perf_counter()
+    loss.backward()
+    return (middle - start) * 1e6, (time.perf_counter() - middle) * 1e6
 
 
 def counted(monkeypatch):

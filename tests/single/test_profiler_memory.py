@@ -129,3 +129,26 @@ def test_checkpoint_keeps_its_inputs_only():
     by_name = {n.name: n for n in profile_of(fx.GraphModule(root, graph), (torch.randn(4, 8),)).nodes}
     assert by_name["linear"].saved_bytes == 4 * 8 * 4 and by_name["checkpoint"].saved_bytes <= 64
     assert by_name["checkpoint"].backward_us > by_name["checkpoint"].forward_us * 0.5
+
+
+def test_nodes_that_capture_marked_as_checkpointed():
+    class Checkpointed(Gpt):
+        def forward(self, ids, target):
+            x = self.embed(ids) + self.position(self.index)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return nn.functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), target.flatten())
+
+    model, ids = Gpt(layers=3), torch.randint(0, 211, (2, 32))
+    traced = fx.symbolic_trace(model)
+    plain = {n.name: n for n in profile_of(traced, (ids, ids)).nodes}
+    for node in traced.graph.nodes:
+        block = next((name for name in node.meta.get("nn_module_stack", ()) if name.startswith("blocks.")), None)
+        if block is not None:
+            node.meta["checkpoint"] = block
+    again = {n.name: n for n in profile_of(traced, (ids, ids)).nodes}
+    other = Checkpointed(layers=3)
+    assert sum(n.saved_bytes for n in again.values()) == held_bytes(other, (ids, ids))
+    assert (
+        again["blocks_1_qkv"].backward_us > plain["blocks_1_qkv"].backward_us * 0.5 + again["blocks_1_qkv"].forward_us
+    )

@@ -1,0 +1,165 @@
+"""What the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and compared with it.
+
+A node that is timed by itself finds its inputs in the cache, starts from Python each time, and never adds up the gradients
+of a value with several readers. A segment shows the sum of these effects; the ratio is the `residual` of the profile.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from profiler.clock import Clock
+from profiler.graph import is_compute, is_region
+from profiler.memory import tensors_in
+from profiler.records import NodeProfile
+from profiler.state import preserved_modes, swapped
+from profiler.tensors import ModelTensors
+
+NUM_SEGMENTS, NUM_REPEATS = 3, 7
+MAX_SEGMENT_BYTES = 2**30
+"""A segment holds at most this much, parameters and activations together, so that models larger than the device work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A contiguous part of a graph.
+
+    Attributes:
+        nodes: its nodes, those that name parameters and switch modes included.
+        inputs: the nodes outside whose values it reads.
+        nodes_us: forward and backward of its nodes, by themselves.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    nodes_us: float
+
+
+def choose_segments(graph: fx.Graph, profiles: Sequence[NodeProfile], budget_s: float) -> list[Segment]:
+    """Up to three segments that begin at a third of the time each, as long as time and memory allow."""
+    costs = {p.name: p for p in profiles}
+    order = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    total_us = sum(p.forward_us + p.backward_us for p in profiles)
+    limit_us = min(total_us / NUM_SEGMENTS, budget_s * 1e6 / (NUM_SEGMENTS * (NUM_REPEATS + 1)))
+    starts: list[int] = []
+    seen_us = 0.0
+    for i, node in enumerate(order):
+        if node.op != "get_attr" and len(starts) < NUM_SEGMENTS and seen_us >= total_us * len(starts) / NUM_SEGMENTS:
+            starts.append(i)
+        seen_us += _time_us(costs.get(node.name))
+    ends = [*starts[1:], len(order)]
+    parts = [_taken(order[a:b], costs, limit_us) for a, b in zip(starts, ends, strict=True)]
+    return [_segment(nodes, costs) for nodes in parts if any(is_compute(n) for n in nodes)]
+
+
+def _time_us(cost: NodeProfile | None) -> float:
+    return cost.forward_us + cost.backward_us if cost else 0.0
+
+
+def _taken(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile], limit_us: float) -> list[fx.Node]:
+    """The first of the nodes, up to the limits; never the end of an autocast region without its beginning."""
+    taken: list[fx.Node] = []
+    time_us, held = 0.0, 0
+    for node in nodes:
+        cost = costs.get(node.name)
+        held += cost.saved_bytes + cost.output_bytes + 2 * cost.param_bytes if cost else 0
+        leaves_region = is_region(node) and any(n not in taken for n in node.all_input_nodes)
+        if leaves_region or (time_us > 0 and (time_us >= limit_us or held > MAX_SEGMENT_BYTES)):
+            break
+        taken.append(node)
+        time_us += _time_us(cost)
+    return taken
+
+
+def _segment(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile]) -> Segment:
+    inside = set(nodes)
+    read = dict.fromkeys(source for n in nodes for source in n.all_input_nodes if source not in inside)
+    return Segment(nodes=tuple(nodes), inputs=tuple(read), nodes_us=sum(_time_us(costs.get(n.name)) for n in nodes))
+
+
+def segment_module(model: fx.GraphModule, segment: Segment) -> fx.GraphModule:
+    """The segment as a module of its own, on the model's own submodules: its inputs in, what is read after it out."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for source in segment.inputs:
+        if source.op == "get_attr":
+            copies[source] = graph.node_copy(source)
+        else:
+            copies[source] = graph.placeholder(source.name)
+    for node in segment.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    inside = set(segment.nodes)
+    outputs = [n for n in segment.nodes if is_compute(n) and (not n.users or any(u not in inside for u in n.users))]
+    graph.output(tuple(copies[n] for n in outputs))
+    return fx.GraphModule(model, graph)
+
+
+class SegmentTimer:
+    """Times segments: one forward that keeps the autograd graph, then one backward.
+
+    Args:
+        model: the graph module.
+        tensors: its parameters and buffers, as nodes are run with them.
+        clock: of the device.
+    """
+
+    def __init__(self, model: fx.GraphModule, tensors: ModelTensors, clock: Clock) -> None:
+        self._model, self._tensors, self._clock = model, tensors, clock
+
+    def measure_us(self, segment: Segment, values: Sequence[Any]) -> float:
+        """Median time of forward + backward.
+
+        Args:
+            segment: the segment.
+            values: one for each of its inputs that is not a `get_attr` node; the grad and autocast modes are those at
+                its beginning.
+        """
+        module = segment_module(self._model, segment)
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        own = {name: self._tensors.get(name) for name, _ in named}
+        inputs = [pytree.tree_map_only(Tensor, _leaf, v) for v in values]
+        leaves = [t for t in {id(t): t for t in (*tensors_in(inputs), *own.values())}.values() if t.requires_grad]
+        totals = [torch.zeros_like(t) if any(t is o for o in own.values()) else None for t in leaves]
+        grads: list[Tensor] = []
+        times = []
+        with swapped(module, own):
+            for _ in range(NUM_REPEATS + 1):
+                times.append(self._run_us(module, inputs, leaves, totals, grads))
+        return statistics.median(times[1:])
+
+    def _run_us(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        leaves: Sequence[Tensor],
+        totals: Sequence[Tensor | None],
+        grads: list[Tensor],
+    ) -> float:
+        with preserved_modes():
+            # Clones: a segment may write to what it is given.
+            args = pytree.tree_map_only(Tensor, torch.clone, list(inputs))
+            start = self._clock.mark()
+            result = module(*args)
+            forward_us = self._clock.elapsed_us(start, self._clock.mark())
+        outputs = [t for t in {id(t): t for t in tensors_in(result)}.values() if t.requires_grad]
+        del result
+        if not outputs or not leaves:
+            return forward_us
+        grads[:] = grads or [torch.randn_like(o) for o in outputs]
+        start = self._clock.mark()
+        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        for grad, total in zip(found, totals, strict=True):
+            if grad is not None and total is not None:
+                total.add_(grad)
+        return forward_us + self._clock.elapsed_us(start, self._clock.mark())
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
