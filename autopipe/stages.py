@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from autopipe.capture.captured import Captured
 from autopipe.capture.checkpointing import wrap_checkpoints
 from autopipe.capture.effects import tensors_in
+from autopipe.capture.loss import LOSS_MODULE
 from autopipe.capture.regions import emit_regions
 from autopipe.errors import PlanError
 from autopipe.plan import Plan
@@ -107,14 +108,18 @@ def placement(captured: Captured, plan: Plan) -> dict[str, int]:
     Raises:
         PlanError: the plan does not name the nodes of this graph.
     """
-    stage_of = plan.stage_of
-    names = [n.name for n in captured.nodes]
-    strangers = [n for n in names if n not in stage_of]
-    if strangers or len(stage_of) != len(names):
-        example = strangers[0] if strangers else next(n for n in stage_of if n not in set(names))
+    stage_of = dict(plan.stage_of)
+    nodes = captured.nodes
+    names = {n.name for n in nodes}
+    for node in nodes:
+        if node.target == LOSS_MODULE:  # a plan made without the loss function has no node for it
+            stage_of.setdefault(node.name, plan.num_stages - 1)
+    strangers = sorted(names ^ stage_of.keys())
+    if strangers:
         raise PlanError(
-            f"a plan for graph {plan.graph_hash or '(unnamed)'} with {len(stage_of)} nodes; node {example!r} is only in one of the two",
-            expected=f"a plan for this model, graph {captured.graph_hash} with {len(names)} nodes",
+            f"a plan for graph {plan.graph_hash or '(unnamed)'} of {len(plan.stage_of)} nodes; "
+            f"{strangers[0]!r} is a node of only {'the model' if strangers[0] in names else 'the plan'}",
+            expected=f"a plan for this model, graph {captured.graph_hash} of {len(nodes)} nodes",
             remedy="plan this model with `autopipe plan`, with the same loss and the same example shapes",
         )
     return stage_of

@@ -48,6 +48,8 @@ def planned(options: argparse.Namespace) -> Plan:
         return _partitioned(options, Profile.load(options.profile), count)
     example = load_example(options.model)
     microbatches = _microbatches(example, count)
+    if options.num_microbatches and len(microbatches) < count and not options.quiet:
+        print(f"note: a batch of {len(microbatches)} samples has no {count} micro-batches", file=sys.stderr)
     return _partitioned(options, _measured(options, example, microbatches[0]), len(microbatches))
 
 
@@ -58,6 +60,8 @@ def _microbatches(example: Example, count: int) -> list[MicroBatch]:
 
 def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBatch) -> Profile:
     captured = capture(example.model, microbatch.args, microbatch.kwargs)
+    if captured.loss is not None:
+        captured = captured.loss_only()  # what training runs: outputs beside the loss are not computed
     if captured.opaque and not options.quiet:
         print(captured.report(), file=sys.stderr)
     return profile(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 
 from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch, check_device, split, weights
+from autopipe.engine.clock import StepClock
 from autopipe.engine.context import Context
 from autopipe.engine.failure import FailureBoard
 from autopipe.engine.interpreter import ActionFailure, run_actions
+from autopipe.engine.measure import Measurements, merge_timelines
 from autopipe.engine.parameters import StageParameters
 from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, num_stages_of, precision_context
 from autopipe.engine.programs import Kind, Program, capture_program, follow_program, make_program, mode_of, set_mode
@@ -24,6 +28,8 @@ from autopipe.engine.transport import Transport
 from autopipe.errors import AutopipeError, EngineError
 from autopipe.placement import owners, with_unread
 from autopipe.plan import Plan
+from autopipe.report import chrome_trace
+from autopipe.report.measured import measured_report
 from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
 from autopipe.simulate import plan_costs
 from autopipe.stages import placement
@@ -52,6 +58,7 @@ class Engine:
         self._parameters: StageParameters | None = None
         self._programs: dict[str, Program] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self._measured = Measurements()
         self._broken: EngineError | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
@@ -161,6 +168,21 @@ class Engine:
     def device(self) -> torch.device:
         """The device of this rank's stage; batches must lie on it."""
         return self._context.device
+
+    def report(self, format: str = "table") -> str:
+        """The plan, and beside its predictions what the last training steps took, stage by stage. All ranks must call it.
+
+        Args:
+            format: `table`, `json`, `csv`, `md` or `html`.
+        """
+        stages = self._context.gather(self._measured.summary(self._context.device))
+        return measured_report(self.plan, stages, format)
+
+    def trace(self, path: str | Path) -> None:
+        """Writes the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
+        timeline = merge_timelines(self._context.gather(self._measured.last_step()))
+        if self._context.rank == 0:
+            Path(path).write_text(json.dumps(chrome_trace(timeline)))
 
     def close(self) -> None:
         """Leaves the process groups that the engine has made. The engine cannot be used afterwards."""
@@ -291,6 +313,7 @@ class Engine:
             rank_of=self._rank_of,
             training=kind == "train",
             with_target=self._config.loss_fn is not None and kind != "predict",
+            clock=StepClock(self._context.device),
         )
         grad = contextlib.nullcontext() if kind == "train" else torch.no_grad()
         try:
@@ -301,6 +324,8 @@ class Engine:
             raise self._fail(failure.phase, failure.cause) from failure.cause
         except Exception as cause:
             raise self._fail("the end of the step", cause) from cause
+        if kind == "train":
+            self._measured.add(run)
         return run
 
     def _fail(self, phase: str, cause: BaseException) -> EngineError:

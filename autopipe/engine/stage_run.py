@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autopipe.engine.batch import MicroBatch
+from autopipe.engine.clock import StepClock
 from autopipe.engine.programs import Program
 from autopipe.engine.transport import Flow, Handle, Transport
 from autopipe.schedule import Action
@@ -37,6 +38,7 @@ class StageRun:
         rank_of: the rank of each stage.
         training: keep what the backward needs.
         with_target: the graph takes the target among its inputs.
+        clock: times what runs.
         loss: the weighted sum of the losses so far, on the stage that makes the loss.
         results: the graph's outputs of each micro-batch that this stage holds, for `predict`.
     """
@@ -49,6 +51,7 @@ class StageRun:
     rank_of: Sequence[int]
     training: bool
     with_target: bool
+    clock: StepClock
     loss: Tensor | None = None
     results: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     _receiving: dict[Action, Handle] = field(default_factory=dict)
@@ -77,16 +80,19 @@ class StageRun:
         given = self.microbatches[m].tensors(self.with_target)
         received: dict[str, Tensor] = {}
         for source in sorted({i.source for i in program.specs[self.stage].inputs} - {MODEL_INPUT}):
-            handle = self._receiving.pop(Action("RECV_F", self.stage, m, source))
+            action = Action("RECV_F", self.stage, m, source)
+            handle = self._receiving.pop(action)
             names = [i.name for i in program.specs[self.stage].received_from(source)]
-            received |= dict(zip(names, handle.join(), strict=True))
+            with self.clock.span(action, waiting=True):
+                received |= dict(zip(names, handle.join(), strict=True))
         inputs = []
         for spec in program.specs[self.stage].inputs:
             if spec.source == MODEL_INPUT:
                 inputs.append(given[spec.position])
             else:
                 inputs.append(received[spec.name].requires_grad_(spec.gradient and self.training))
-        values: tuple[Tensor, ...] = program.module(*inputs)
+        with self.clock.span(Action("F", self.stage, m)):
+            values: tuple[Tensor, ...] = program.module(*inputs)
         self._keep(m, inputs, list(values))
 
     def _keep(self, m: int, inputs: list[Tensor], values: list[Tensor]) -> None:
@@ -131,8 +137,9 @@ class StageRun:
         for target, handle in self._sending.get(m, ()):
             if target in answered:
                 handle.join()  # its gradient came back, so the activation was consumed: this cannot block
-        if roots:
-            torch.autograd.backward(roots, gradients)
+        with self.clock.span(Action("B", self.stage, m)):
+            if roots:
+                torch.autograd.backward(roots, gradients)
         self._input_gradients[m] = {
             i.name: _gradient_of(v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient
         }
@@ -147,7 +154,9 @@ class StageRun:
                 continue
             answered.add(target)
             names = [i.name for i in program.specs[target].received_from(self.stage) if i.gradient]
-            for name, gradient in zip(names, self._receiving.pop(action).join(), strict=True):
+            with self.clock.span(action, waiting=True):
+                gradients = self._receiving.pop(action).join()
+            for name, gradient in zip(names, gradients, strict=True):
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums, answered
 
