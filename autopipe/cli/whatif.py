@@ -49,7 +49,15 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
         for s, peak in zip(plan.stages, timeline.peak_bytes, strict=True)
     )
     unknown: dict[str, Any] = {"lower_bound_us": 0.0, "bottleneck_bound_us": 0.0, "proved": False, "baselines": ()}
-    return dataclasses.replace(new, stages=stages, step_us=timeline.makespan_us, bubble=timeline.mean_bubble, **unknown)
+    return dataclasses.replace(
+        new, stages=stages, step_us=timeline.makespan_us, bubble=_bubble(new, timeline.makespan_us), **unknown
+    )
+
+
+def _bubble(plan: Plan, step_us: float) -> float:
+    """The share of the devices' time in which they do not compute, as the planner counts it."""
+    busy = plan.num_microbatches * sum(stage.forward_us + stage.backward_us for stage in plan.stages)
+    return max(1 - busy / (plan.num_stages * step_us), 0.0) if step_us else 0.0
 
 
 def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:

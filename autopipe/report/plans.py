@@ -9,6 +9,7 @@ from autopipe.report.explain import explain
 from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
 from autopipe.simulate import plan_costs
 
+WHOLE_MODEL = "(model)"
 STAGE_COLUMNS = (
     Column(name="stage"),
     Column(name="modules"),
@@ -89,10 +90,9 @@ def _title(plan: Plan) -> str:
 
 
 def modules(stage: StagePlan) -> str:
-    """The first and last module of a stage, as one word."""
-    if stage.first_module == stage.last_module:
-        return stage.first_module or "-"
-    return f"{stage.first_module or '-'} … {stage.last_module or '-'}"
+    """The first and last module of a stage; what the model computes outside of its submodules is `(model)`."""
+    first, last = stage.first_module or WHOLE_MODEL, stage.last_module or WHOLE_MODEL
+    return first if first == last else f"{first} … {last}"
 
 
 def _stages(plan: Plan) -> Table:

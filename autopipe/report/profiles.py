@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from autopipe.report.plans import WHOLE_MODEL
 from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
 from profiler.records import NodeProfile, Profile
 
@@ -157,7 +158,7 @@ def _nodes(profile: Profile, limit: int) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             node.name,
-            node.module or "-",
+            node.module or WHOLE_MODEL,
             node.forward_us / 1e3,
             node.backward_us / 1e3,
             100 * (node.forward_us + node.backward_us) / total,
@@ -179,7 +180,7 @@ def _modules(profile: Profile, tree: list[ModuleTotals]) -> Table:
         depth = module.name.count(".") + 1 if module.name else 0
         if depth > deepest:
             continue
-        name = "· " * depth + (module.name.rpartition(".")[2] if module.name else "(the model)")
+        name = "· " * depth + (module.name.rpartition(".")[2] if module.name else WHOLE_MODEL)
         rows.append(
             (
                 name,

@@ -78,13 +78,20 @@ def ends_under(schedule: Schedule, queues: str) -> bool:
     done: set[Action] = set()
     backward = [e for e in schedule.edges if e.backward]
 
+    backward_kind = "I" if schedule.kind == "zb-h1" else "B"
+
+    def arrival(kind: str, a: Action, source: int) -> Action:
+        """What must be done on this rank before `a` can read what `source` made."""
+        if schedule.rank_of(source) == schedule.rank_of(a.stage):
+            return Action("F" if kind == "RECV_F" else backward_kind, source, a.microbatch)
+        return Action(kind, a.stage, a.microbatch, source)
+
     def needs(a: Action) -> list[Action]:
         if a.kind == "F":
-            return [Action("RECV_F", a.stage, a.microbatch, e.source) for e in schedule.edges if e.target == a.stage]
+            return [arrival("RECV_F", a, e.source) for e in schedule.edges if e.target == a.stage]
         if a.kind in ("B", "I"):
-            received = [Action("RECV_B", a.stage, a.microbatch, e.target) for e in backward if e.source == a.stage]
+            received = [arrival("RECV_B", a, e.target) for e in backward if e.source == a.stage]
             return [*received, Action("F", a.stage, a.microbatch)]
-        backward_kind = "I" if schedule.kind == "zb-h1" else "B"
         if a.kind == "REDUCE_GRAD":
             return [Action(backward_kind, a.stage, m) for m in range(schedule.num_microbatches)]
         if a.kind == "W":
@@ -98,7 +105,9 @@ def ends_under(schedule: Schedule, queues: str) -> bool:
             if action.kind.startswith("SEND") and action.matching in ready:
                 finished |= {action, action.matching}
             elif action.kind == "REDUCE_GRAD":
-                group = {Action("REDUCE_GRAD", s, action.microbatch) for s in schedule.reductions[action.microbatch]}
+                stages = schedule.reductions[action.microbatch]
+                group = {a for acts in schedule.actions for a in acts if a.kind == "REDUCE_GRAD" and a.stage in stages}
+                group = {a for a in group if a.microbatch == action.microbatch}
                 finished |= group if group <= ready.keys() else set()
             elif action.peer < 0:
                 finished.add(action)
@@ -118,6 +127,18 @@ def test_ends_under_every_layout_of_queues(queues: str) -> None:
             groups = [(0, num_stages - 1), tuple(range(num_stages))] if kind != "forward" else []
             schedule = build_schedule(kind, num_stages, num_microbatches, edges, reductions=groups)
             assert ends_under(schedule, queues), f"{kind} {num_stages} {num_microbatches} {edges}"
+
+
+@pytest.mark.parametrize("queues", ["edge", "pair", "rank", "rank+compute"])
+def test_interleaved_ends_under_every_layout_of_queues(queues: str) -> None:
+    rnd = random.Random(3)
+    for num_ranks, num_stages, num_microbatches in itertools.product((1, 2, 3), (3, 4, 6, 7), (1, 3, 4, 7)):
+        for edges in (chain(num_stages), random_graph(num_stages, rnd, keep_chain=True)):
+            groups = [(0, num_stages - 1), tuple(range(num_stages))]
+            schedule = build_schedule(
+                "interleaved", num_stages, num_microbatches, edges, reductions=groups, num_ranks=num_ranks
+            )
+            assert ends_under(schedule, queues), f"{num_ranks} {num_stages} {num_microbatches} {edges}"
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(KINDS), st.randoms(use_true_random=False))

@@ -161,6 +161,8 @@ def test_what_if_keeps_the_cuts(plan: str, capsys: pytest.CaptureFixture[str]) -
     assert more["link"]["bytes_per_us"] == 0.125
     assert more["step_us"] > 2 * base["step_us"]
     assert more["baselines"] == []
+    busy_us = 8 * sum(stage["forward_us"] + stage["backward_us"] for stage in more["stages"])
+    assert more["bubble"] == pytest.approx(1 - busy_us / (2 * more["step_us"]))
     assert "lower bound" not in (main(["report", "--plan", plan, "--schedule", "gpipe"]), capsys.readouterr().out)[1]
 
 
