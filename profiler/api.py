@@ -10,16 +10,16 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
+from profiler.cache import DiskRecords, cache_dir
 from profiler.calibrate import residual_of
 from profiler.errors import ProfileError
 from profiler.graph import compute_inputs, compute_nodes, module_of
 from profiler.inputs import device_name, dtype_name, find_device, input_values, microbatch_size, place
 from profiler.nodes import NodeTimer
 from profiler.records import NodeProfile, Profile
-from profiler.signature import Signature
 from profiler.state import preserved
 from profiler.tensors import ModelTensors
-from profiler.walk import Record, Visit, Walk
+from profiler.walk import Visit, Walk
 
 
 def profile(
@@ -79,7 +79,8 @@ def profile(
     bar = tqdm(total=len(nodes), desc="profile", unit="node", disable=None if progress else True, leave=False)
     with preserved(graph_module, where), torch.set_grad_enabled(train), bar:
         tensors = ModelTensors(graph_module, where, names)
-        timer, records = NodeTimer(where, relative_error), MemoryRecords()
+        timer = NodeTimer(where, relative_error)
+        records = DiskRecords(where, relative_error, cache_dir() if cache else None)
         measured, made_up = _measure(graph_module, inputs, where, timer, budget_s, tensors, records, bar)
         residual = 1.0
         if calibrate:
@@ -105,7 +106,7 @@ def _measure(
     timer: NodeTimer,
     budget_s: float,
     tensors: ModelTensors,
-    records: MemoryRecords,
+    records: DiskRecords,
     bar: tqdm[Any],
 ) -> tuple[list[NodeProfile], bool]:
     """Walks the graph; where made-up values were the reason for a failure, once more on true ones. Says which it was."""
@@ -127,21 +128,6 @@ def _measure(
             continue
         return [dataclasses.replace(n, saved_bytes=walk.saved_bytes[n.name]) for n in found], make_up_values
     raise AssertionError("the second walk makes up nothing")
-
-
-class MemoryRecords:
-    """Records of signatures, for the length of one profile."""
-
-    def __init__(self) -> None:
-        self._records: dict[str, Record] = {}
-
-    def get(self, signature: Signature) -> Record | None:
-        """The record of a signature, if there is one."""
-        return self._records.get(signature.key)
-
-    def put(self, signature: Signature, record: Record) -> None:
-        """Keeps a record."""
-        self._records[signature.key] = record
 
 
 def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:

@@ -47,7 +47,7 @@ def residual_of(
     walk = Walk(
         model, [place(v, device) for v in inputs], device, tensors, timer.measure, records, budget_s, make_up_values
     )
-    segment_timer = SegmentTimer(model, tensors, timer.clock)
+    segment_timer = SegmentTimer(model, tensors, timer.clock, timer.backward_start_us)
     measured_us = nodes_us = 0.0
 
     def arriving(node: fx.Node) -> None:

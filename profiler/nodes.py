@@ -49,7 +49,7 @@ class NodeTimer:
     def __init__(self, device: torch.device, relative_error: float) -> None:
         self._device, self._relative_error = device, relative_error
         self.clock = clock_for(device)
-        self._backward_start_us = _backward_start_us(self.clock, device)
+        self.backward_start_us = _backward_start_us(self.clock, device)
 
     def measure(
         self, call: Call, trace: Trace, tensors: Sequence[Tensor], own: Mapping[str, Tensor], budget_s: float
@@ -74,7 +74,7 @@ class NodeTimer:
             while True:
                 f, b = trial.run(self.clock)
                 forward.append(f)
-                backward.append(max(0.0, b - self._backward_start_us) if trial.is_differentiated else 0.0)
+                backward.append(max(0.0, b - self.backward_start_us) if trial.is_differentiated else 0.0)
                 total = [f + b for f, b in zip(forward, backward, strict=True)]
                 median, spread = median_interval(total)
                 if self._is_enough(len(total), median, spread, time.perf_counter() > deadline, trial):

@@ -108,10 +108,12 @@ class SegmentTimer:
         model: the graph module.
         tensors: its parameters and buffers, as nodes are run with them.
         clock: of the device.
+        backward_start_us: time of starting a backward pass, which is not part of the nodes' times either.
     """
 
-    def __init__(self, model: fx.GraphModule, tensors: ModelTensors, clock: Clock) -> None:
+    def __init__(self, model: fx.GraphModule, tensors: ModelTensors, clock: Clock, backward_start_us: float) -> None:
         self._model, self._tensors, self._clock = model, tensors, clock
+        self._backward_start_us = backward_start_us
 
     def measure_us(self, segment: Segment, values: Sequence[Any]) -> float:
         """Median time of forward + backward.
@@ -158,7 +160,7 @@ class SegmentTimer:
         for grad, total in zip(found, totals, strict=True):
             if grad is not None and total is not None:
                 total.add_(grad)
-        return forward_us + self._clock.elapsed_us(start, self._clock.mark())
+        return forward_us + max(0.0, self._clock.elapsed_us(start, self._clock.mark()) - self._backward_start_us)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
