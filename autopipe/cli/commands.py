@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from autopipe.cli.options import SIMULATED_ONLY
 from autopipe.cli.whatif import changed
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
@@ -45,11 +46,14 @@ def simulate_command(options: argparse.Namespace) -> None:
 
     On a plan, the number of micro-batches, the schedule and the link are changed without planning again.
     """
+    only_played = options.schedule if options.schedule in SIMULATED_ONLY else None
+    if only_played:
+        options.schedule = None
     plan = _plan(options)
-    timeline = simulate(plan)
+    timeline = simulate(plan, schedule=only_played)
     title = (
         f"{plan.num_stages} stages, {plan.num_microbatches} micro-batches of {plan.microbatch_size} samples, "
-        f"{plan.schedule}, on {plan.device}{' (estimated costs)' if plan.estimated else ''}"
+        f"{only_played or plan.schedule}, on {plan.device}{' (estimated costs)' if plan.estimated else ''}"
     )
     _write(options, timeline_report(timeline, _format(options, TIMELINE_SUFFIXES), title=title))
 

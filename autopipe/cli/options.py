@@ -11,6 +11,8 @@ from autopipe.plan import SCHEDULES
 from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
 
+SIMULATED_ONLY = ("zb-h1",)
+"""Schedules that can be simulated on a plan, but not yet planned for or run."""
 OBJECTIVES = ("step", "bottleneck")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 BYTES_PER_US_OF_A_GBPS = 125.0
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         _model(command, required=False)
         command.add_argument("--profile", metavar="FILE", help="a profile, in place of a model")
         _run(command, measured=True)
-        _planning(command)
+        _planning(command, SCHEDULES if command is not simulate else (*SCHEDULES, *SIMULATED_ONLY))
     for command in (report, simulate):
         command.add_argument("--plan", metavar="FILE", help="a plan, in place of a model")
     _output(plan, FORMATS, "write the plan as JSON to FILE")
@@ -74,10 +76,10 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
         command.add_argument("--device", metavar="DEVICE", help="where to measure: cpu, cuda, cuda:1")
 
 
-def _planning(command: argparse.ArgumentParser) -> None:
+def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> None:
     add = command.add_argument
     add("--num-stages", type=_count, metavar="K", help="stages of the pipeline, one for each device of a replica")
-    add("--schedule", choices=SCHEDULES, help="order of forwards and backwards (default: 1f1b)")
+    add("--schedule", choices=schedules, help="order of forwards and backwards (default: 1f1b)")
     add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
     add("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 24GiB or 800MB")
     add("--link-latency-us", type=_number, metavar="US", help="time of an empty message between stages")
