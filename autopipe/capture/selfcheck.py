@@ -24,6 +24,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, t
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Puts back buffers and the random states of torch, Python and numpy when the context ends."""
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    registered = [(m, dict(m._buffers)) for m in model.modules()]
     states = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
@@ -32,6 +33,8 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        for module, own in registered:
+            module._buffers.update(own)  # forward may have assigned another tensor
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -93,10 +96,24 @@ def _observe(model: nn.Module, run: Any) -> dict[str, Any]:
         roots = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
         if roots and parameters:
             weights = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).to(o.dtype).view(o.shape) for o in roots]
-            gradients = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True)
-            seen |= {f"the gradient of {n}": g for n, g in zip(parameters, gradients, strict=True)}
+            seen |= {f"the gradient of {n}": g for n, g in _gradients(parameters, roots, weights).items()}
         seen |= {f"buffer {n}": _copy(b) for n, b in model.named_buffers()}
     return seen
+
+
+def _gradients(
+    parameters: dict[str, nn.Parameter], roots: list[Tensor], weights: list[Tensor]
+) -> dict[str, Tensor | None]:
+    """The gradients of one backward; those that were there are put back. (Reentrant checkpoints refuse `torch.autograd.grad`.)"""
+    before = {n: p.grad for n, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        torch.autograd.backward(roots, weights)
+        return {n: p.grad for n, p in parameters.items()}
+    finally:
+        for n, p in parameters.items():
+            p.grad = before[n]
 
 
 def _copy(value: Any) -> Any:

@@ -1,0 +1,90 @@
+"""Imports point one way: a file may import what stands before it in the order below, and nothing that stands after it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# The order in which data flows; `docs/architecture.md` draws it. `profiler` stands before all of autopipe.
+ORDER = [
+    "profiler",
+    "autopipe.errors",
+    "autopipe.plan",
+    "autopipe.cost",
+    "autopipe.schedule",
+    "autopipe.simulate",
+    "autopipe.partition",
+    "autopipe.report",
+    "autopipe.capture",
+    "autopipe.placement",
+    "autopipe.stages",
+    "autopipe.config",
+    "autopipe.engine",
+    "autopipe.checkpoint",
+    "autopipe.api",
+    "autopipe",
+    "autopipe.cli",
+]
+WITHOUT_TORCH = [
+    "profiler/records.py",
+    "profiler/errors.py",
+    "autopipe/errors.py",
+    "autopipe/plan.py",
+    "autopipe/cost.py",
+    "autopipe/partition",
+    "autopipe/schedule",
+    "autopipe/simulate",
+    "autopipe/report",
+]
+# Modules of `profiler` that need no torch; everything else in it does.
+PLAIN_PROFILER = {"profiler.records", "profiler.errors"}
+
+
+def _files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def _layer(module: str) -> int:
+    best = max((name for name in ORDER if module == name or module.startswith(f"{name}.")), key=len, default="")
+    return ORDER.index(best)
+
+
+ALL = [*_files("autopipe"), *_files("profiler")]
+
+
+@pytest.mark.parametrize("path", ALL, ids=[_module(p) for p in ALL])
+def test_no_import_runs_back(path: Path) -> None:
+    module = _module(path)
+    for imported in _imports(path):
+        if imported.split(".")[0] in ("autopipe", "profiler"):
+            assert _layer(imported) <= _layer(module), f"{module} imports {imported}, which stands after it"
+
+
+@pytest.mark.parametrize("place", WITHOUT_TORCH)
+def test_pure_files_import_no_torch(place: str) -> None:
+    target = ROOT / place
+    for path in [target] if target.suffix else sorted(target.rglob("*.py")):
+        for imported in _imports(path):
+            assert imported.split(".")[0] != "torch", f"{path} imports {imported}"
+            if imported.split(".")[0] == "profiler":
+                assert imported in PLAIN_PROFILER, f"{path} imports {imported}, which needs torch"
