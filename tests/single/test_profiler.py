@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch
-from profiler_models import Block, Gpt, cases
 from torch import fx, nn
 
 import profiler
 from profiler import ProfileError
 from profiler.nodes import NodeTimer
+from tests.single.profiler_models import Block, Gpt, cases
 
 CASES = cases()
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from profiler_models import Gpt
 from torch import fx, nn
 
 import profiler
 from profiler.nodes import NodeTimer
+from tests.single.profiler_models import Gpt
 
 
 @pytest.fixture

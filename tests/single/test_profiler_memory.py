@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from profiler_models import Gpt, cases
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import profiler
+from tests.single.profiler_models import Gpt, cases
 
 CASES = cases()
 

@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
-from profiler_models import Gpt, cases
 from torch import fx, nn
 
 import profiler
 from profiler import tensors as tensors_file
+from tests.single.profiler_models import Gpt, cases
 
 MEASURED = ("forward_us", "backward_us", "spread", "workspace_bytes")
 
