@@ -1,7 +1,17 @@
 """Profiles any `torch.fx.GraphModule`, node by node: time and memory of each node, measured or estimated."""
 
+from profiler.analytic import estimate
 from profiler.api import profile
 from profiler.errors import ProfileError
 from profiler.records import DeviceSpec, LinkProfile, NodeProfile, ParameterProfile, Profile
 
-__all__ = ["DeviceSpec", "LinkProfile", "NodeProfile", "ParameterProfile", "Profile", "ProfileError", "profile"]
+__all__ = [
+    "DeviceSpec",
+    "LinkProfile",
+    "NodeProfile",
+    "ParameterProfile",
+    "Profile",
+    "ProfileError",
+    "estimate",
+    "profile",
+]

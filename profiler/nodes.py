@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from profiler.call import Call
 from profiler.clock import Clock, clock_for, median_interval
-from profiler.memory import peak_memory, tensors_in
+from profiler.memory import peak_memory
 from profiler.trace import Trace
+from profiler.trial import Trial
 
 MIN_REPEATS, MAX_REPEATS = 5, 200
 """Repeats of a node beside the warm-up; a node that takes over half a second is repeated three times at least, and not warmed up again."""
@@ -63,11 +63,11 @@ class NodeTimer:
             own: its module's own tensors.
             budget_s: time after which no further repeat starts.
         """
-        trial = _Trial(call=call, trace=trace, tensors=tensors, own=own)
+        trial = Trial(call=call, trace=trace, tensors=tensors, own=own)
         forward, backward = list[float](), list[float]()
         with call.with_own(own):
             start = time.perf_counter()
-            workspace_bytes = trial.workspace_bytes(self._device)
+            workspace_bytes = _workspace_bytes(trial, self._device)
             deadline = time.perf_counter() + budget_s
             if deadline - budget_s - start < LONG_S:
                 trial.run(self.clock)
@@ -87,92 +87,26 @@ class NodeTimer:
             num_repeats=len(forward),
         )
 
-    def _is_enough(self, count: int, median: float, spread: float, is_late: bool, trial: _Trial) -> bool:
+    def _is_enough(self, count: int, median: float, spread: float, is_late: bool, trial: Trial) -> bool:
         if count < (3 if median > LONG_S * 1e6 else MIN_REPEATS):
             return False
         is_trivial = median < TRIVIAL_US and not trial.trace.new_bytes
         return is_late or is_trivial or spread <= self._relative_error or count >= MAX_REPEATS
 
 
-@dataclass(slots=True, kw_only=True)
-class _Trial:
-    """Runs a node again and again, with everything that is not the node's own work kept outside the timed part."""
-
-    call: Call
-    trace: Trace
-    tensors: Sequence[Tensor]
-    own: Mapping[str, Tensor]
-    grads: list[Tensor] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
-    accumulated: list[Tensor | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        values = self.call.values
-        self.tensors = [t.detach().requires_grad_(v.requires_grad) for t, v in zip(self.tensors, values, strict=True)]
-        activations = [t for t, v in zip(self.tensors, values, strict=True) if v.target is None]
-        everything = {id(t): t for t in (*self.tensors, *self.own.values())}
-        self.leaves = [t for t in everything.values() if t.requires_grad and torch.is_grad_enabled()]
-        inner = {id(t) for t in activations}
-        self.accumulated = [None if id(t) in inner else torch.zeros_like(t) for t in self.leaves]
-
-    @property
-    def is_differentiated(self) -> bool:
-        """Whether there is a backward."""
-        return bool(self.grads) and bool(self.leaves)
-
-    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Fresh copies of what the node writes to: a leaf must not be written to, and its values must not drift."""
-        if torch.is_autocast_enabled(self._device_type):
-            torch.clear_autocast_cache()  # each micro-batch casts the parameters anew
-        return self.call.bind([t.clone() if i in self.trace.written else t for i, t in enumerate(self.tensors)])
-
-    @property
-    def _device_type(self) -> str:
-        return next((t.device.type for t in (*self.tensors, *self.own.values())), "cpu")
-
-    def _backward(self, outputs: list[Tensor]) -> None:
-        found = torch.autograd.grad(outputs, self.leaves, self.grads, allow_unused=True)
-        for grad, total in zip(found, self.accumulated, strict=True):
-            # From the second micro-batch on, the gradient of a parameter is added to the one that is there.
-            if grad is not None and total is not None:
-                total.add_(grad)
-
-    def workspace_bytes(self, device: torch.device) -> int:
-        """The first run: peak of forward and of backward, the gradients that go in and out included."""
-        args, kwargs = self._arguments()
-        with peak_memory(device) as forward:
-            result = self.call.function(*args, **kwargs)
-        outputs = _differentiable(tensors_in(result))
-        self.grads = [torch.randn_like(o) for o in outputs]
-        kept = sum(self.trace.new_bytes) + self.trace.saved_inside_bytes
-        need = max(0, forward.num_bytes - kept)
-        if self.is_differentiated:
-            with peak_memory(device) as backward:
-                self._backward(outputs)
-            need = max(need, backward.num_bytes + sum(g.numel() * g.element_size() for g in self.grads))
-        return need
-
-    def run(self, clock: Clock) -> tuple[float, float]:
-        """One run; microseconds of forward and of backward."""
-        args, kwargs = self._arguments()
-        function = self.call.function
-        start = clock.mark()
-        result = function(*args, **kwargs)
-        end = clock.mark()
-        forward_us = clock.elapsed_us(start, end)
-        if not self.is_differentiated:
-            return forward_us, 0.0
-        outputs = _differentiable(tensors_in(result))
-        del result
-        start = clock.mark()
-        self._backward(outputs)
-        end = clock.mark()
-        return forward_us, clock.elapsed_us(start, end)
-
-
-def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
-    """Those that a gradient flows back from, each once."""
-    return [t for t in {id(t): t for t in tensors}.values() if t.requires_grad]
+def _workspace_bytes(trial: Trial, device: torch.device) -> int:
+    """The first run: peak of forward and of backward, the gradients that go in and out included."""
+    arguments = trial.arguments()
+    with peak_memory(device) as forward:
+        outputs = trial.forward(arguments)
+    trial.make_grads(outputs)
+    kept = sum(trial.trace.new_bytes) + trial.trace.saved_inside_bytes
+    need = max(0, forward.num_bytes - kept)
+    if trial.is_differentiated:
+        with peak_memory(device) as backward:
+            trial.backward(outputs)
+        need = max(need, backward.num_bytes + trial.given_bytes)
+    return need
 
 
 def _backward_start_us(clock: Clock, device: torch.device) -> float:

@@ -28,10 +28,17 @@ class ModelTensors:
         model: the graph module.
         device: where nodes run.
         names: other names of parameters and buffers, each with the one name to report (optional).
+        is_fake: never read a value: tensors are made by shape, under the fake mode that holds.
     """
 
-    def __init__(self, model: fx.GraphModule, device: torch.device, names: Mapping[str, str] | None = None) -> None:
-        self._model, self._device = model, device
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        device: torch.device,
+        names: Mapping[str, str] | None = None,
+        is_fake: bool = False,
+    ) -> None:
+        self._model, self._device, self._is_fake = model, device, is_fake
         self._written = _written_attributes(model.graph)
         self._ready: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -89,6 +96,8 @@ class ModelTensors:
     def is_resident(self, target: str) -> bool:
         """Whether the tensor is on the device already."""
         tensor = self.original(target)
+        if self._is_fake:
+            return True
         return isinstance(tensor, Tensor) and has_values(tensor) and _same_device(tensor.device, self._device)
 
     def get(self, target: str) -> Tensor:
@@ -98,9 +107,12 @@ class ModelTensors:
             return self._ready[key]
         tensor = self.original(target)
         assert isinstance(tensor, Tensor)
-        made = on_device(tensor, self._device)
-        if not isinstance(tensor, nn.Parameter) or target in self._written:
-            made = made.clone() if made.data_ptr() == tensor.data_ptr() else made
+        if self._is_fake:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+        else:
+            made = on_device(tensor, self._device)
+        if not self._is_fake and (not isinstance(tensor, nn.Parameter) or target in self._written):
+            made = made.clone() if has_values(tensor) and made.data_ptr() == tensor.data_ptr() else made
         made = made.requires_grad_(tensor.requires_grad) if tensor.is_leaf else made
         if self.is_resident(target):
             self._ready[key] = made
