@@ -3,6 +3,7 @@
 from profiler.analytic import estimate
 from profiler.api import profile
 from profiler.errors import ProfileError
+from profiler.links import measure_link
 from profiler.records import DeviceSpec, LinkProfile, NodeProfile, ParameterProfile, Profile
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "Profile",
     "ProfileError",
     "estimate",
+    "measure_link",
     "profile",
 ]

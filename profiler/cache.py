@@ -91,7 +91,7 @@ class DiskRecords:
         except (NotImplementedError, TypeError, ValueError):
             return  # an output that JSON cannot say: measured anew in each process
         try:
-            _write(self._path(signature), json.dumps({"digest": _digest(body), "body": body}))
+            write_whole(self._path(signature), json.dumps({"digest": digest(body), "body": body}))
         except OSError as cause:
             _LOG.warning("profiles are not cached: %s cannot be written (%s)", self._folder, cause.strerror)
             self._folder = None
@@ -114,7 +114,7 @@ class DiskRecords:
         try:
             entry = json.loads(path.read_text())
             body = entry["body"]
-            if entry["digest"] != _digest(body) or body["identity"] != self._identity(signature):
+            if entry["digest"] != digest(body) or body["identity"] != self._identity(signature):
                 raise ValueError("another entry's content")
             record = _from_json(body)
             is_good = body["relative_error"] <= self._relative_error and self._is_settled(record.timing)
@@ -126,7 +126,7 @@ class DiskRecords:
             return None
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file so that readers see the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
@@ -139,7 +139,7 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-def _digest(body: Any) -> str:
+def digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

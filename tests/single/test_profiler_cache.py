@@ -92,13 +92,13 @@ def test_entries_that_are_not_valid_are_measured_again(measured, tmp_path, fault
 
 def forged(entry, fault):
     """An entry with a fitting digest and a value that no measurement gives."""
-    from profiler.cache import _digest
+    from profiler.cache import digest
 
     if fault == "nan":
         entry["body"]["timing"]["forward_us"] = float("nan")
     else:
         entry["body"]["trace"]["leaves"] = entry["body"]["trace"]["leaves"][1:]
-    entry["digest"] = _digest(entry["body"])
+    entry["digest"] = digest(entry["body"])
     return json.dumps(entry)
 
 
