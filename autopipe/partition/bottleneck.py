@@ -2,30 +2,35 @@
 
 One interval DP (chain.py) is exact for its order. The search takes the standard orders, then keeps re-linearising: an order
 in which the stages found are still intervals, shuffled inside them, holds the split found and about n^K others, so the next
-DP is at least as good. Further starts, from random depth-first orders, leave local optima. Large graphs are cut on a grid:
+DP is at least as good. Kicks and further starts leave local optima. Large graphs are cut on a grid:
 coarse over the whole order, then fine around the cuts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
-from autopipe.cost import CostGraph, IntArray
+from autopipe.cost import CostGraph, IntArray, stage_costs
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE, best_split
 from autopipe.partition.effort import Effort
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
-from autopipe.partition.memory import MemoryModel
+from autopipe.partition.memory import MemoryModel, stage_memory
 from autopipe.partition.orders import depth_first, relinearise, standard_orders
 
 GRID_POSITIONS = 1200
 FIRST_GRID = 400
 BANDS = (0.6, 0.15, 0.03)
 """Widths of the fine grids around the cuts, as shares of the mean work of a stage."""
+STALL, KICKS = 10, 8
+"""Orders, and kicks, in a row without a better split after which a descent, and a start, are given up."""
+NOISE, ACCEPTED = 0.3, 1.003
+"""Size of a kick's random factors (their logarithm's deviation), and how much worse a split may be to go on from it."""
 CLOSE_ENOUGH = 1e-4
 """A load this close to the bound, relatively, is not worth more search."""
 
@@ -47,10 +52,6 @@ class Problem:
     num_stages: int
     memory: MemoryModel
 
-    def cuts(self, solution: Solution) -> IntArray:
-        """Positions of the K - 1 cuts in the solution's order."""
-        return np.cumsum(np.bincount(solution.stage_of, minlength=self.num_stages))[:-1]
-
     @property
     def positions(self) -> int:
         """The most positions of a grid: all of a graph of ordinary size."""
@@ -62,7 +63,7 @@ def split_order(
 ) -> Solution | None:
     """The best split of one order, at these positions, whose largest load is at most `upper_us`."""
     costs = IntervalCosts(problem.graph, order, problem.memory, positions)
-    effort.spend(cells=20 * problem.graph.num_nodes + 1e4)
+    effort.spend(cells=10 * problem.graph.num_nodes + 1.5e4)
     split = best_split(costs, problem.num_stages, upper_us, effort)
     if split is None:
         return None
@@ -89,9 +90,8 @@ def split_coarse_to_fine(problem: Problem, order: IntArray, upper_us: float, eff
     best = _widening(problem, order, upper_us * 1.5, effort, coarse)
     if best is None:
         return None
-    mean = float(problem.graph.work_us.sum()) / problem.num_stages
     for band in BANDS:
-        positions = grid(problem.graph, order, problem.positions, around=problem.cuts(best), band_us=band * mean)
+        positions = _fine_grid(problem, order, best.stage_of, band)
         best = split_order(problem, order, best.load_us, effort, positions) or best
     return best
 
@@ -112,15 +112,11 @@ def _widening(
 def improve(problem: Problem, best: Solution, random: Random, effort: Effort, goal_us: float, stall: int) -> Solution:
     """Re-linearises until `stall` orders in a row bring nothing, the goal is met, or the effort is spent."""
     graph = problem.graph
-    mean = float(graph.work_us.sum()) / problem.num_stages
     idle = turn = 0
     while idle < stall and not effort.spent and best.load_us > goal_us:
         order = relinearise(graph, best.stage_of, random, turn)
-        effort.spend(cells=40 * graph.num_nodes)
-        positions = None
-        if graph.num_nodes >= problem.positions:
-            band = BANDS[turn % len(BANDS)] * mean
-            positions = grid(graph, order, problem.positions, around=problem.cuts(best), band_us=band)
+        effort.spend(cells=15 * graph.num_nodes)
+        positions = _fine_grid(problem, order, best.stage_of, BANDS[turn % len(BANDS)])
         turn += 1
         found = split_order(problem, order, best.load_us * (1 + TOLERANCE), effort, positions)
         idle += 1
@@ -131,23 +127,77 @@ def improve(problem: Problem, best: Solution, random: Random, effort: Effort, go
     return best
 
 
-def search(
-    problem: Problem, starts: list[Solution], random: Random, effort: Effort, stall: int, rounds: int
-) -> Solution:
-    """The best of several descents: from the best standard order, then from random orders and from the best again in turn."""
+def search(problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int) -> Solution:
+    """The best of several descents, from the starts given and then from random depth-first orders.
+
+    Each descent is kicked out of its local optimum by the noising method (Charon and Hudry, 1993): a few steps under costs
+    that are off by a random factor, then descent under the true ones, until `KICKS` kicks in a row bring nothing.
+    """
     graph = problem.graph
     goal = load_bound_us(graph, problem.num_stages) * (1 + CLOSE_ENOUGH)
-    best = improve(problem, starts[0], random, effort, goal, stall)
+    best = starts[0]
     for turn in range(rounds):
         if effort.spent or best.load_us <= goal:
             break
-        start: Solution | None = best
-        if turn % 3 < 2:
-            ahead, back = graph.successors, graph.predecessors
-            forward = depth_first(ahead, back, random=random) if turn % 3 == 0 else None
-            order = forward or depth_first(back, ahead, random=random)[::-1]
-            start = split_coarse_to_fine(problem, np.array(order, np.int64), best.load_us * 1.5, effort)
+        start: Solution | None = (
+            starts[turn] if turn < len(starts) else _random_start(problem, best, random, effort, turn)
+        )
         if start is not None:
-            found = improve(problem, start, random, effort, goal, stall)
+            found = _descend_with_kicks(problem, start, random, effort, goal)
             best = min(best, found, key=lambda s: s.load_us)
     return best
+
+
+def _random_start(problem: Problem, best: Solution, random: Random, effort: Effort, turn: int) -> Solution | None:
+    ahead, back = problem.graph.successors, problem.graph.predecessors
+    order = depth_first(ahead, back, random=random) if turn % 2 else depth_first(back, ahead, random=random)[::-1]
+    return split_coarse_to_fine(problem, np.array(order, np.int64), best.load_us * 2, effort)
+
+
+def _descend_with_kicks(problem: Problem, start: Solution, random: Random, effort: Effort, goal_us: float) -> Solution:
+    current = best = improve(problem, start, random, effort, goal_us, STALL)
+    idle = 0
+    while idle < KICKS and not effort.spent and best.load_us > goal_us:
+        kicked = _kick(problem, current, random, effort)
+        found = improve(problem, kicked, random, effort, goal_us, STALL)
+        idle += 1
+        if found.load_us <= current.load_us * ACCEPTED:
+            current = found
+        if found.load_us < best.load_us * (1 - 1e-5):
+            best, idle = found, 0
+    return best
+
+
+def _kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -> Solution:
+    """Two steps of re-linearisation under noised times and tensor sizes."""
+    graph, rng = problem.graph, np.random.default_rng(random.randrange(2**32))
+    node, tensor = (np.exp(NOISE * rng.standard_normal(size)) for size in (graph.num_nodes, len(graph.producer)))
+    noised = dataclasses.replace(
+        graph,
+        forward_us=graph.forward_us * node,
+        backward_us=graph.backward_us * node,
+        tensor_bytes=graph.tensor_bytes * tensor,
+        gradient_bytes=graph.gradient_bytes * tensor,
+    )
+    other = dataclasses.replace(problem, graph=noised)
+    stage_of = solution.stage_of
+    for _ in range(2):
+        order = relinearise(noised, stage_of, random, random.randrange(4))
+        load = float(stage_costs(noised, stage_of, problem.num_stages).load_us.max())
+        found = split_order(other, order, load * (1 + TOLERANCE), effort, _fine_grid(other, order, stage_of, BANDS[0]))
+        if found is not None:
+            stage_of = found.stage_of
+    if stage_memory(graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max() > problem.memory.limit_bytes:
+        return solution
+    load = float(stage_costs(graph, stage_of, problem.num_stages).load_us.max())
+    return Solution(load_us=load, stage_of=stage_of, order=solution.order if found is None else found.order)
+
+
+def _fine_grid(problem: Problem, order: IntArray, stage_of: IntArray, band: float) -> IntArray | None:
+    """Positions around the cuts of an assignment; None, for all positions, on a graph of ordinary size."""
+    graph = problem.graph
+    if graph.num_nodes < problem.positions:
+        return None
+    cuts = np.cumsum(np.bincount(stage_of, minlength=problem.num_stages))[:-1]
+    mean = float(graph.work_us.sum()) / problem.num_stages
+    return grid(graph, order, problem.positions, around=cuts, band_us=band * mean)

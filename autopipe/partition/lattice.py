@@ -48,7 +48,7 @@ def refine(
         merged: the graph is a reduced one; a bound for the whole graph must then allow for stages that are empty in it.
     """
     lattice = Lattice(problem.graph)
-    effort.spend(cells=3 * problem.graph.num_nodes**2)
+    effort.spend(cells=0.2 * problem.graph.num_nodes**2)
     sweep = _Sweep(problem, lattice, random, effort, merged)
     limit, turn, idle = FIRST_LIMIT, 0, 0
     while not effort.spent and best.load_us > goal_us and idle < 5:
@@ -116,7 +116,7 @@ class _Sweep:
             low, high = max(low, here - band_us), min(high, here + band_us)
         seeds = np.array([current, *self._seeds(positions, low, high, limit // 10)])
         pool = lattice.window(seeds, low, high, limit, noise, self.random, local=local)
-        self.effort.spend(states=4 * len(pool.work))
+        self.effort.spend(states=len(pool.work) * (1 + len(pool.universe) / 200))
         return _with(pool, current, lattice)
 
     def _seeds(self, positions: list[IntArray], low: float, high: float, count: int) -> Iterator[BoolArray]:
@@ -135,9 +135,7 @@ class _Sweep:
         for k, (before, after) in enumerate(itertools.pairwise(pools)):
             pairs = Pairs(self.problem.graph, before, after)
             load = pairs.load_us()
-            self.effort.spend(
-                cells=6 * load.size + 40 * len(self.problem.graph.producer) * (load.shape[0] + load.shape[1])
-            )
+            self.effort.spend(cells=load.size * (1 + len(pairs.tensors) / 300))
             if np.isfinite(self.problem.memory.limit_bytes):
                 over = pairs.excess_bytes(self.problem.memory, k, self.problem.num_stages) > 0
                 load[over & ~pairs.equal] = np.inf

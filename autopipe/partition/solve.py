@@ -56,22 +56,19 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     if not starts:
         starts = [_any_that_fits(problem, random, effort)]
     best = improve(problem, starts[0], random, effort, goal, stall=10)
-    found = Refined(solution=best, bound_us=bound)
-    for share, stall in ((0.25, 25), (0.5, 60)):
-        found = _step(small, found, random, effort, share, goal)
-        if found.bound_us >= found.solution.load_us * (1 - CLOSE_ENOUGH) or effort.spent or not rounds:
-            break
-        part = effort.share(share)
+    found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.1, goal)
+    if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
+        part = effort.share(0.8)
         budget = part.left_s
-        best = search(problem, [found.solution], random, part, stall, rounds)
+        best = search(problem, [found.solution, *starts[1:]], random, part, rounds)
         effort.spend(seconds=budget - part.left_s)
-        found = Refined(solution=best, bound_us=found.bound_us)
-    else:
-        found = _step(small, found, random, effort, 1.0, goal)
+        found = _proved_further(small, Refined(solution=best, bound_us=found.bound_us), random, effort, 1.0, goal)
     return starts, _with_least_traffic(problem, found, effort)
 
 
-def _step(small: Reduced, found: Refined, random: Random, effort: Effort, share: float, goal: float) -> Refined:
+def _proved_further(
+    small: Reduced, found: Refined, random: Random, effort: Effort, share: float, goal: float
+) -> Refined:
     part = effort.share(share)
     budget = part.left_s
     refined = refine(small.problem, found.solution, random, part, goal, merged=small.merged)
