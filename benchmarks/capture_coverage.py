@@ -1,0 +1,72 @@
+"""Which models can be captured: every list of models, each model in a process of its own, compared with the plain model.
+
+    python benchmarks/capture_coverage.py transformers hard          # runs what has no result yet, into build/coverage/
+    python benchmarks/capture_coverage.py --peers transformers       # the same models through torch.export and pipeline()
+    python benchmarks/capture_coverage.py --write                    # docs/coverage.md and docs/coverage.json from the results
+
+torchvision and timm need a torch of their own: run these lists in that environment, and `--write` in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "build" / "coverage"
+
+
+def work(kind: str, peers: bool, name: str) -> dict[str, Any]:
+    """One model, in a process of its own."""
+    from benchmarks.coverage import build, compare
+    from benchmarks.coverage import peers as others
+
+    warnings.simplefilter("ignore")
+    try:
+        model, args, kwargs = build.LISTS[kind][1](name)
+    except build.CannotBuild as cause:
+        return {"outcome": "skipped", "why": f"not built here: {cause}"}
+    return others.check(model, args, kwargs) if peers else compare.check(model, args, kwargs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lists", nargs="*", help="transformers, torchvision, timm, hard")
+    parser.add_argument("--only", nargs="*", default=[], help="names that contain one of these")
+    parser.add_argument(
+        "--peers", action="store_true", help="torch.export and torch.distributed.pipelining.pipeline instead"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit-s", type=float, default=120)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="write docs/coverage.md and docs/coverage.json")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for kind in options.lists:
+        for module in {"transformers": ["transformers"], "hard": []}.get(kind, [kind]) + [
+            "autopipe",
+            "torch.distributed.pipelining",
+        ]:
+            importlib.import_module(module)
+        from benchmarks.coverage import build, pool
+
+        names = [n for n in build.LISTS[kind][0]() if not options.only or any(o in n for o in options.only)]
+        out = options.out / f"{kind}{'-peers' if options.peers else ''}.jsonl"
+        pool.run_all(
+            names, lambda name, kind=kind: work(kind, options.peers, name), out, options.workers, options.limit_s
+        )
+    if options.write:
+        from benchmarks.coverage import table
+
+        table.write(options.out, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The same models through `torch.export` and `torch.distributed.pipelining.pipeline`, compared in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopipe.capture.trace import flatten_output
+from benchmarks.coverage.compare import difference, observe, plain
+
+
+def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`right`, `refused` or `wrong` for each of the two."""
+    model.train()
+    try:
+        first, second = (observe(model, lambda: plain(model, args, kwargs), None) for _ in range(2))
+    except Exception as cause:  # noqa: BLE001 (a model that does not run by itself is no case)
+        return {"outcome": "skipped", "why": f"the plain model fails: {type(cause).__name__}"}
+    if difference(second, first):
+        return {"outcome": "skipped", "why": "the plain model differs from itself under one seed"}
+    answer: dict[str, Any] = {"outcome": "done"}
+    for name, make in (("export", _export), ("pipeline", _pipeline)):
+        answer[name], answer[f"{name}_why"] = _verdict(model, make, args, kwargs, first)
+    return answer
+
+
+def _verdict(
+    model: nn.Module, make: Callable[..., Any], args: Any, kwargs: Any, expected: dict[str, Any]
+) -> tuple[str, str]:
+    try:
+        other = make(model, args, kwargs)
+        with torch.random.fork_rng():
+            got = observe_copy(model, other, args, kwargs)
+    except Exception as cause:  # noqa: BLE001 (whatever it raises counts as a refusal)
+        return "refused", f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    wrong = difference({n: got.get(n, expected[n]) for n in expected}, expected)
+    return ("wrong", wrong) if wrong else ("right", "")
+
+
+def observe_copy(model: nn.Module, other: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Observes another module that shares the model's parameters, or holds parameters of the same names."""
+
+    def run() -> list[Tensor]:
+        leaves, _ = flatten_output(other(*args, **kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return observe(other, run, None) if isinstance(other, nn.Module) else observe(model, run, None)
+
+
+def _export(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    return torch.export.export(model, args, kwargs, strict=False).module(check_guards=False)
+
+
+def _pipeline(model: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+    """In two stages, split in the middle of the longest list of layers, as its users do."""
+    from torch.distributed.pipelining import SplitPoint, pipeline
+
+    lists = [
+        (len(m), f"{n}.{len(m) // 2}")
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1
+    ]
+    split = {max(lists)[1]: SplitPoint.BEGINNING} if lists else None
+    pipe = pipeline(model, mb_args=args, mb_kwargs=kwargs, split_spec=split)
+    return lambda *a, **k: pipe(*a, **k)

@@ -1,0 +1,70 @@
+"""Names go in, each is worked on in a forked process of its own with a time limit; one JSON line a name comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_all(names: list[str], work: Callable[[str], dict[str, Any]], out: Path, workers: int, limit_s: float) -> None:
+    """Appends `{"name": ..., ...}` to `out` for every name that is not in it yet."""
+    done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
+    waiting, running = [n for n in names if n not in done][::-1], dict[int, tuple[str, Path, float]]()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name = waiting.pop()
+            result = out.with_suffix(f".{abs(hash(name))}.part")
+            running[_start(name, work, result)] = (name, result, time.monotonic())
+        time.sleep(0.05)
+        for pid, (name, result, begun) in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            late = time.monotonic() - begun > limit_s
+            if not ended and late:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            if ended or late:
+                del running[pid]
+                _collect(name, result, out, status, late, time.monotonic() - begun)
+
+
+def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        answer = work(name)
+    except BaseException as cause:  # noqa: BLE001 (the child reports whatever stopped it)
+        answer = {
+            "outcome": "error",
+            "why": "".join(traceback.format_exception_only(cause))[:400],
+            "trace": traceback.format_exc()[-3000:],
+        }
+    result.write_text(json.dumps(answer, default=str))
+    os._exit(0)
+
+
+def _collect(name: str, result: Path, out: Path, status: int, late: bool, wall_s: float) -> None:
+    answer: dict[str, Any] = {
+        "outcome": "error",
+        "why": f"over the time limit ({wall_s:.0f} s)" if late else f"the process died, status {status}",
+    }
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        answer = json.loads(result.read_text())
+        result.unlink()
+    with out.open("a") as file:
+        file.write(json.dumps({"name": name, "wall_s": round(wall_s, 2), **answer}) + "\n")
+    print(f"{name}: {answer['outcome']} {str(answer.get('why', ''))[:160]}", flush=True)
