@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from autopipe.capture.loss import LossFunction
 from autopipe.config import Auto, PipelineConfig
-from autopipe.engine.batch import split
 from autopipe.engine.context import make_context
 from autopipe.engine.engine import Engine
 from autopipe.errors import ConfigError
@@ -30,9 +29,13 @@ def pipeline(
     num_stages: int | Auto = "auto",
     num_microbatches: int | Auto = "auto",
     schedule: str = "auto",
+    data_parallel: int | Auto = "auto",
+    zero_stage: int = 0,
+    shard_batch: bool = True,
     precision: str = "fp32",
     max_grad_norm: float | None = None,
     loss_weight: Callable[[Any], float | Tensor] | None = None,
+    compile: bool = False,
     self_check: bool = True,
     memory_limit: int | None = None,
     split_points: Sequence[str] | None = None,
@@ -71,9 +74,13 @@ def pipeline(
         num_stages=num_stages,
         num_microbatches=num_microbatches,
         schedule=schedule,
+        data_parallel=data_parallel,
+        zero_stage=zero_stage,
+        shard_batch=shard_batch,
         precision=precision,
         max_grad_norm=max_grad_norm,
         loss_weight=loss_weight,
+        compile=compile,
         self_check=self_check,
         memory_limit=memory_limit,
         split_points=split_points,
@@ -83,6 +90,5 @@ def pipeline(
     )
     engine = Engine(model, config, context)
     if example_args or example_kwargs:
-        batch = split(example_args, example_kwargs or {}, example_target, engine.num_microbatches)
-        engine.prepare(batch[0])
+        engine.prepare(engine.split(example_args, example_kwargs or {}, example_target)[0])
     return engine

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from autopipe.capture.loss import LossFunction
 from autopipe.errors import ConfigError
-from autopipe.plan import SCHEDULES, Plan
+from autopipe.plan import RUNNABLE, Plan
 
 Auto = Literal["auto"]
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +25,15 @@ class PipelineConfig:
         loss_fn: `loss_fn(output, target) -> scalar`; None: the model returns its loss.
         optimizer: `params -> Optimizer`; None: the engine only leaves gradients.
         lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
-        num_stages: number of stages; `auto`: one for each process.
+        num_stages: number of stages; `auto`: one for each process of a replica. A multiple of it puts several on each process.
         num_microbatches: number of micro-batches in a batch; `auto`: four for each stage, as far as the batch has samples.
-        schedule: `1f1b` or `gpipe`; `auto`: 1f1b.
-        precision: `fp32` (the parameters' own dtype), or `bf16` (autocast).
+        schedule: `1f1b`, `gpipe`, or `interleaved` (with several stages a process); `auto`: interleaved there, 1f1b otherwise.
+        data_parallel: replicas of the pipeline; `auto`: as many as the processes allow for `num_stages`, 1 where that is `auto`.
+        zero_stage: 1 shards the optimizer state over the replicas.
+        shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of
+            its own, as with `engine.sampler(dataset)`.
+        precision: `fp32` (the parameters' own dtype), `bf16` (autocast), or `fp16` (autocast, with loss scaling).
+        compile: compile each stage with `torch.compile`.
         max_grad_norm: gradients are scaled down to this norm over all stages; None: not at all.
         loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
             None: its number of samples.
@@ -46,7 +51,11 @@ class PipelineConfig:
     num_stages: int | Auto = "auto"
     num_microbatches: int | Auto = "auto"
     schedule: str = "auto"
+    data_parallel: int | Auto = "auto"
+    zero_stage: int = 0
+    shard_batch: bool = True
     precision: str = "fp32"
+    compile: bool = False
     max_grad_norm: float | None = None
     loss_weight: Callable[[Any], float | Tensor] | None = None
     self_check: bool = True
@@ -57,12 +66,23 @@ class PipelineConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "num_microbatches"):
+        for name in ("num_stages", "num_microbatches", "data_parallel"):
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise _wrong(name, value, "'auto' or a whole number of at least 1")
-        if self.schedule not in ("auto", *SCHEDULES):
-            raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(SCHEDULES)}")
+        if self.schedule not in ("auto", *RUNNABLE):
+            raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(RUNNABLE)}")
+        if self.zero_stage in (2, 3):
+            raise ConfigError(
+                f"zero_stage = {self.zero_stage}",
+                expected="0 or 1",
+                where="autopipe.pipeline()",
+                remedy="use zero_stage=1: under pipelining the communication of ZeRO-2 and 3 would recur for every micro-batch",
+            )
+        if self.zero_stage not in (0, 1):
+            raise _wrong("zero_stage", self.zero_stage, "0 or 1")
+        if self.zero_stage == 1 and self.optimizer is None:
+            raise _wrong("zero_stage", 1, "an optimizer= beside it, whose state can be sharded")
         if self.precision not in PRECISIONS:
             raise _wrong("precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -16,6 +16,8 @@ from profiler.records import LinkProfile, read_json
 
 PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
+RUNNABLE = (*SCHEDULES, "interleaved")
+"""What a plan may be run under; the planner itself optimises for those of SCHEDULES."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 
 
@@ -84,6 +86,7 @@ class Plan:
     Attributes:
         graph_hash: identifies the graph that was cut.
         num_stages, data_parallel, num_microbatches, schedule, zero_stage: how it is run.
+        num_ranks: ranks of one replica; 0: one for each stage. Stage s runs on rank s modulo their number.
         stages: one record for each stage.
         transfers: the tensors that cross between stages.
         ties: for each parameter that several stages read, its name and these stages.
@@ -111,6 +114,7 @@ class Plan:
     data_parallel: int = 1
     schedule: str = "1f1b"
     zero_stage: int = 0
+    num_ranks: int = 0
     ties: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     step_us: float = 0.0
     lower_bound_us: float = 0.0
@@ -140,6 +144,7 @@ class Plan:
             self.schedule,
             self.data_parallel,
             self.zero_stage,
+            self.num_ranks,
         ]
         parts += [[s.nodes, s.recompute] for s in self.stages]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -248,8 +253,16 @@ def _validate(plan: Plan) -> None:
     for name in ("num_microbatches", "data_parallel", "microbatch_size"):
         if getattr(plan, name) < 1:
             raise _bad(f"{getattr(plan, name)}", "at least 1", name)
-    if plan.schedule not in SCHEDULES:
-        raise _bad(f"{plan.schedule!r}", f"one of {', '.join(SCHEDULES)}", "schedule")
+    if plan.schedule not in RUNNABLE:
+        raise _bad(f"{plan.schedule!r}", f"one of {', '.join(RUNNABLE)}", "schedule")
+    if plan.num_ranks and (
+        plan.num_ranks > plan.num_stages or (plan.schedule != "interleaved" and plan.num_ranks != plan.num_stages)
+    ):
+        raise _bad(
+            f"{plan.num_ranks} ranks for {plan.num_stages} stages",
+            "one for each stage, or fewer under `interleaved`",
+            "num_ranks",
+        )
     seen: dict[str, int] = {}
     for i, stage in enumerate(plan.stages):
         if stage.index != i:

@@ -14,6 +14,7 @@ from autopipe.capture.checkpointing import wrap_checkpoints
 from autopipe.capture.effects import tensors_in
 from autopipe.capture.loss import LOSS_MODULE
 from autopipe.capture.regions import emit_regions
+from autopipe.capture.seeding import SOURCE, RandomSource, add_seeds
 from autopipe.errors import PlanError
 from autopipe.plan import Plan
 from autopipe.schedule import Edge
@@ -189,8 +190,8 @@ def edges_of(specs: tuple[StageSpec, ...]) -> tuple[Edge, ...]:
     return tuple(Edge(source, target, gradient) for (source, target), gradient in sorted(backward.items()))
 
 
-def stage_module(captured: Captured, spec: StageSpec) -> StageModule:
-    """The module that runs the nodes of one stage."""
+def stage_module(captured: Captured, spec: StageSpec, random: RandomSource | None = None) -> StageModule:
+    """The module that runs the nodes of one stage; with `random`, each node that draws random numbers is seeded by it."""
     source, graph = captured.graph_module, fx.Graph()
     nodes = {n.name: n for n in source.graph.nodes}
     copies: dict[fx.Node, fx.Node] = {}
@@ -211,8 +212,11 @@ def stage_module(captured: Captured, spec: StageSpec) -> StageModule:
     results = _output_nodes(source.graph)
     returned = [copies[nodes[o.name]] for o in spec.outputs] + [copy_of(results[i]) for i in spec.results]
     graph.output(tuple(returned))
+    seeded = random is not None and add_seeds(graph)
     root: dict[str, Any] = {
-        n.target: _fetch(source, n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")
+        n.target: random if seeded and n.target == SOURCE else _fetch(source, n.target)
+        for n in graph.nodes
+        if n.op in ("get_attr", "call_module")
     }
     root |= wrap_checkpoints(graph, root)
     emit_regions(graph)

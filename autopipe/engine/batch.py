@@ -27,6 +27,15 @@ class MicroBatch:
         given: tuple[Any, ...] = (self.args, dict(self.kwargs)) + ((self.target,) if with_target else ())
         return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
 
+    def template(self) -> MicroBatch:
+        """A micro-batch of the same signature without its values, small enough to send."""
+
+        def empty(leaf: Any) -> Any:
+            return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs, target = pytree.tree_map(empty, (self.args, dict(self.kwargs), self.target))
+        return MicroBatch(args=args, kwargs=kwargs, target=target, num_samples=self.num_samples)
+
     def signature(self) -> str:
         """Identifies what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors."""
         leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.target))
@@ -83,18 +92,20 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_mic
     return result
 
 
-def weights(microbatches: list[MicroBatch], loss_weight: Callable[[Any], float | Tensor] | None) -> list[float]:
-    """The share of each micro-batch in the mean loss of the batch; they sum to 1.
+def raw_weights(microbatches: list[MicroBatch], loss_weight: Callable[[Any], float | Tensor] | None) -> list[float]:
+    """The weight of each micro-batch: its number of samples, or what the user's function says."""
+    if loss_weight is None:
+        return [float(m.num_samples) for m in microbatches]
+    return [float(loss_weight(m.target if m.target is not None else m.kwargs)) for m in microbatches]
+
+
+def normalised(raw: list[float], total: float) -> list[float]:
+    """Weights as shares of the total over the whole batch.
 
     Raises:
         ConfigError: a weight is negative, or all are zero.
     """
-    if loss_weight is None:
-        raw = [float(m.num_samples) for m in microbatches]
-    else:
-        raw = [float(loss_weight(m.target if m.target is not None else m.kwargs)) for m in microbatches]
-    total = sum(raw)
-    if min(raw) < 0 or not total > 0:
+    if min(raw, default=0.0) < 0 or not total > 0:
         raise ConfigError(
             f"micro-batch weights {raw}",
             expected="numbers that are not negative, not all 0",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from autopipe.engine.context import Context
 from autopipe.engine.transport import Transport
-from autopipe.errors import EngineError
+from autopipe.errors import AutopipeError, EngineError
 
 _KEY = "autopipe/first_failure"
 _WAIT_FOR_CAUSE_S = 3.0
@@ -68,3 +68,11 @@ class FailureBoard:
             while self._context.rank == 0 and seen < self._context.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
                 seen = self._store.add(f"{_KEY}/seen", 0)
+
+
+def is_connection_error(cause: BaseException) -> bool:
+    """Whether a rank has only noticed that another is gone."""
+    if isinstance(cause, AutopipeError) or not isinstance(cause, (RuntimeError, ConnectionError, OSError)):
+        return False
+    text = str(cause)
+    return any(w in text for w in ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from autopipe.engine.stage_run import StageRun
 from autopipe.schedule import Action
@@ -21,26 +21,38 @@ _PHASES = {
 class ActionFailure(Exception):
     """An action raised; `phase` says which, in words."""
 
-    def __init__(self, phase: str, cause: BaseException) -> None:
-        super().__init__(f"{phase}: {type(cause).__name__}: {cause}")
-        self.phase, self.cause = phase, cause
+    def __init__(self, stage: int, phase: str, cause: BaseException) -> None:
+        super().__init__(f"stage {stage}, {phase}: {type(cause).__name__}: {cause}")
+        self.stage, self.phase, self.cause = stage, phase, cause
 
 
-def run_actions(actions: Sequence[Action], run: StageRun, reduce: Callable[[int], None]) -> None:
-    """Executes `actions` in order on the stage of `run`.
+def run_actions(
+    actions: Sequence[Action],
+    runs: Mapping[int, StageRun],
+    reduce: Callable[[int], None],
+    stage_done: Callable[[int], None],
+) -> None:
+    """Executes `actions` in order on this rank's stages.
 
-    Receives are posted and sends started without blocking; a compute waits for what it reads. `reduce` sums the gradients of
-    one group of tied parameters.
+    Receives are posted and sends started without blocking; a compute waits for what it reads.
+
+    Args:
+        runs: the stages of this rank.
+        reduce: sums the gradients of one group of tied parameters.
+        stage_done: is told of a stage whose last backward has run.
 
     Raises:
         ActionFailure: whatever an action raised, with its place.
     """
-    for action in actions:
+    last = {a.stage: i for i, a in enumerate(actions) if a.kind == "B"}
+    for i, action in enumerate(actions):
         try:
-            _execute(action, run, reduce)
+            _execute(action, runs[action.stage], reduce)
+            if last.get(action.stage) == i:
+                stage_done(action.stage)
         except Exception as cause:
             phase = _PHASES[action.kind].format(m=action.microbatch, peer=action.peer)
-            raise ActionFailure(phase, cause) from cause
+            raise ActionFailure(action.stage, phase, cause) from cause
 
 
 def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from autopipe.engine.clock import Span, StepClock
-from autopipe.engine.stage_run import StageRun
+from autopipe.engine.stage_run import Step
 from autopipe.report.measured import MeasuredStage
 from autopipe.simulate import Event, Timeline
 
@@ -20,49 +20,51 @@ class Measurements:
     """The last training steps of this rank."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[int, StepClock]] = deque(maxlen=KEPT_STEPS)
+        self._steps: deque[StepClock] = deque(maxlen=KEPT_STEPS)
+        self._stages: Sequence[int] = ()
         self._count = 0
 
-    def add(self, run: StageRun) -> None:
+    def add(self, step: Step, stages: Sequence[int]) -> None:
         """Keeps a step; the first, which warms everything up, is left out."""
         self._count += 1
-        if self._count > 1:
-            self._steps.append((run.stage, run.clock))
+        self._stages = stages
+        if self._count > 1 and step.microbatches:
+            self._steps.append(step.clock)
 
-    def summary(self, device: torch.device) -> MeasuredStage | None:
-        """Medians over the kept steps; None before the second step."""
-        if not self._steps:
-            return None
-        steps = [clock.spans() for _, clock in self._steps]
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    def summaries(self, device: torch.device) -> list[MeasuredStage]:
+        """Medians over the kept steps for each stage of this rank; none before the second step."""
+        steps = [clock.spans() for clock in self._steps]
+        return [self._summary(s, steps, device) for s in self._stages] if steps else []
+
+    def _summary(self, stage: int, steps: list[list[Span]], device: torch.device) -> MeasuredStage:
+        own = [[s for s in spans if s.action.stage == stage] for spans in steps]
         return MeasuredStage(
-            index=self._steps[0][0],
+            index=stage,
             num_steps=len(steps),
-            forward_us=statistics.median(s.end_us - s.start_us for spans in steps for s in spans if _is(s, "F")),
-            backward_us=statistics.median(s.end_us - s.start_us for spans in steps for s in spans if _is(s, "B")),
-            waiting_us=statistics.median(sum(s.end_us - s.start_us for s in spans if s.waiting) for spans in steps),
+            forward_us=statistics.median(s.end_us - s.start_us for spans in own for s in spans if _is(s, "F")),
+            backward_us=statistics.median(s.end_us - s.start_us for spans in own for s in spans if _is(s, "B")),
+            waiting_us=statistics.median(sum(s.end_us - s.start_us for s in spans if s.waiting) for spans in own),
             step_us=statistics.median(max(s.end_us for s in spans) for spans in steps),
-            peak_bytes=peak,
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         )
 
-    def last_step(self) -> tuple[int, int, list[Span]] | None:
-        """The stage, the start on the host's clock in nanoseconds, and the spans of the last step."""
+    def last_step(self) -> tuple[int, list[Span]] | None:
+        """The start on the host's clock in nanoseconds, and the spans of the last step."""
         if not self._steps:
             return None
-        stage, clock = self._steps[-1]
-        return stage, clock.started_ns, clock.spans()
+        return self._steps[-1].started_ns, self._steps[-1].spans()
 
 
 def _is(span: Span, kind: str) -> bool:
     return span.action.kind == kind and not span.waiting
 
 
-def merge_timelines(ranks: Sequence[tuple[int, int, list[Span]] | None]) -> Timeline:
+def merge_timelines(ranks: Sequence[tuple[int, list[Span]] | None]) -> Timeline:
     """One timeline from the last step of every rank, on the clock that the ranks of one host share."""
     steps = [r for r in ranks if r is not None]
-    zero = min((started for _, started, _ in steps), default=0)
+    zero = min((started for started, _ in steps), default=0)
     events, busy = [], []
-    for rank, (_, started, spans) in enumerate(steps):
+    for rank, (started, spans) in enumerate(steps):
         shift = (started - zero) / 1e3
         computes = [s for s in spans if not s.waiting]
         busy.append(sum(s.end_us - s.start_us for s in computes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autopipe.engine.context import Context
+from autopipe.engine.layout import Layout
 from autopipe.engine.transport import Transport
 from autopipe.errors import EngineError
 
@@ -29,16 +30,17 @@ class StageParameters:
         model: nn.Module,
         names: Mapping[str, str],
         owned: Mapping[str, tuple[int, ...]],
-        stage: int,
         context: Context,
-        rank_of: Sequence[int],
+        layout: Layout,
     ) -> None:
-        self._names, self._owned, self._stage, self._context, self._rank_of = names, owned, stage, context, rank_of
+        self._names, self._owned, self._context, self._layout = names, owned, context, layout
         everything = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
         self._persistent = list(model.state_dict(keep_vars=True))
-        self._mine: dict[str, Tensor] = {n: everything[n] for n, stages in owned.items() if stage in stages}
+        self._mine: dict[str, Tensor] = {
+            n: everything[n] for n, stages in owned.items() if set(stages) & set(layout.stages)
+        }
         self._move(model)
         trained = [n for n, t in everything.items() if n in owned and isinstance(t, nn.Parameter)]
         groups: dict[tuple[int, ...], list[str]] = {}
@@ -65,9 +67,13 @@ class StageParameters:
     def open(self, transport: Transport) -> None:
         """Makes the process groups of tied parameters. Collective."""
         self._transport = transport
-        self._tie_process_groups = [
-            transport.new_group([self._rank_of[s] for s in stages]) for stages in self.tie_groups
-        ]
+        for stages in self.tie_groups:
+            own = None
+            for replica in range(self._layout.data_parallel):
+                ranks = sorted({self._layout.rank_of(s, replica) for s in stages})
+                group = transport.new_group(ranks) if len(ranks) > 1 else None
+                own = group if replica == self._layout.replica else own
+            self._tie_process_groups.append(own)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters, frozen ones too, under the model's names."""
@@ -75,9 +81,27 @@ class StageParameters:
             if isinstance(tensor, nn.Parameter):
                 yield name, tensor
 
-    def trainable(self) -> list[nn.Parameter]:
+    def trainable(self) -> dict[str, nn.Parameter]:
         """This rank's parameters that require a gradient."""
-        return [p for _, p in self.named_parameters() if p.requires_grad]
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def of_stage(self, stage: int, *, tied: bool) -> list[nn.Parameter]:
+        """The trainable parameters of one of this rank's stages that other stages read too, or those that none does."""
+        shared = {n for names in self._tied for n in names}
+        return [p for n, p in self.trainable().items() if stage in self._owned[n] and (n in shared) == tied]
+
+    def tied_here(self) -> list[nn.Parameter]:
+        """The trainable parameters of this rank that several stages read, each once."""
+        shared = {n for names in self._tied for n in names}
+        return [p for n, p in self.trainable().items() if n in shared]
+
+    def buffers(self) -> list[Tensor]:
+        """This rank's buffers."""
+        return [t for t in self._mine.values() if not isinstance(t, nn.Parameter)]
+
+    def is_first_holder(self, name: str) -> bool:
+        """Whether this rank holds a parameter for the first of its stages: it counts and saves it."""
+        return self._layout.is_mine(self._owned[name][0])
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +126,7 @@ class StageParameters:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if len({self._rank_of[s] for s in self.tie_groups[group]}) > 1:
+            if self._tie_process_groups[group] is not None:
                 dist.all_reduce(parameter.grad, group=self._tie_process_groups[group])
 
     def clip(self, max_norm: float) -> float:
@@ -110,12 +134,10 @@ class StageParameters:
 
         A tied parameter counts once, on the first stage that holds it.
         """
-        counted = [
-            p.grad for n, p in self.named_parameters() if p.grad is not None and self._owned[n][0] == self._stage
-        ]
+        counted = [p.grad for n, p in self.named_parameters() if p.grad is not None and self.is_first_holder(n)]
         square = get_total_norm(counted).double().cpu() ** 2 if counted else torch.zeros((), dtype=torch.float64)
-        self._transport.all_reduce(square)
-        norm = square.sqrt()
+        self._transport.all_reduce(square)  # over all ranks; every replica contributes the same
+        norm = (square / self._layout.data_parallel).sqrt()
         mine = [p for _, p in self.named_parameters()]
         clip_grads_with_norm_(mine, max_norm, norm.to(torch.float32).to(self._context.device))
         return float(norm)
@@ -124,7 +146,8 @@ class StageParameters:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state on the CPU, under all of the model's names; the same on every rank. Collective."""
-        first = {n: t.detach().to("cpu", copy=True) for n, t in self._mine.items() if self._owned[n][0] == self._stage}
+        mine = self._mine.items() if self._layout.replica == 0 else ()
+        first = {n: t.detach().to("cpu", copy=True) for n, t in mine if self.is_first_holder(n)}
         merged: dict[str, Tensor] = {}
         for part in self._context.gather(first):
             merged |= part

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 import profiler
 from autopipe.capture import Captured
 from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.context import Context
+from autopipe.engine.layout import Layout
 from autopipe.errors import ConfigError, PartitionError
 from autopipe.partition import partition
-from autopipe.plan import Plan
+from autopipe.plan import SCHEDULES, Plan
+from autopipe.simulate import simulate
+from profiler.records import LinkProfile
 
 
-def num_stages_of(config: PipelineConfig, context: Context) -> int:
-    """The number of stages: one for each process.
+def shape_of(config: PipelineConfig, context: Context) -> tuple[int, int]:
+    """The number of stages and of replicas for the processes of the launch.
 
     Raises:
-        ConfigError: another number was asked for.
+        ConfigError: the processes cannot be divided so.
     """
+    world = context.world_size
     wanted = config.plan.num_stages if config.plan is not None else config.num_stages
-    if wanted == "auto" or wanted == context.world_size:
-        return context.world_size
-    raise ConfigError(
-        f"num_stages = {wanted} with {context.world_size} process{'es' if context.world_size > 1 else ''}",
-        expected="one process for each stage",
-        where="autopipe.pipeline()",
-        remedy=f"launch with `torchrun --nproc-per-node {wanted}`, or leave num_stages at 'auto'",
+    replicas = config.data_parallel
+    if replicas == "auto":
+        fits = wanted != "auto" and wanted < world and world % wanted == 0
+        replicas = world // wanted if fits and wanted != "auto" else 1
+    if world % replicas:
+        raise _cannot_divide(f"{world} processes for {replicas} replicas", f"launch a multiple of {replicas} processes")
+    num_ranks = world // replicas
+    num_stages = num_ranks if wanted == "auto" else wanted
+    if num_stages % num_ranks or (num_stages > num_ranks and config.schedule not in ("auto", "interleaved")):
+        several = "" if num_stages % num_ranks else ", or schedule='interleaved' to put several stages on each"
+        raise _cannot_divide(
+            f"num_stages = {num_stages} with {num_ranks} process{'es' if num_ranks > 1 else ''} a replica",
+            f"launch with `torchrun --nproc-per-node {num_stages * replicas}`, or leave num_stages at 'auto'{several}",
+        )
+    return num_stages, replicas
+
+
+def _cannot_divide(got: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        got, expected="a process for each stage of each replica", where="autopipe.pipeline()", remedy=remedy
     )
 
 
@@ -51,13 +68,13 @@ def make_plan(
     microbatch: MicroBatch,
     config: PipelineConfig,
     context: Context,
+    layout: Layout,
     num_microbatches: int,
-    model: nn.Module,
 ) -> Plan:
-    """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all."""
-    num_stages = num_stages_of(config, context)
+    """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
+    num_stages = layout.num_stages
     if config.plan is not None:
-        return config.plan
+        return dataclasses.replace(config.plan, data_parallel=layout.data_parallel, zero_stage=config.zero_stage)
     if len(captured.nodes) < num_stages:
         raise PartitionError(
             f"{num_stages} stages for a graph of {len(captured.nodes)} nodes",
@@ -65,6 +82,7 @@ def make_plan(
             where="num_stages",
             remedy=f"launch at most {len(captured.nodes)} processes",
         )
+    link = _measured_link(context, layout)
 
     def measure_and_cut() -> Plan:
         tensors = microbatch.tensors(config.loss_fn is not None)
@@ -79,12 +97,32 @@ def make_plan(
             profile,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
+            link=link,
             memory_limit=memory_limit(config, context),
-            schedule="1f1b" if config.schedule == "auto" else config.schedule,
+            data_parallel=layout.data_parallel,
+            zero_stage=config.zero_stage,
+            schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
             split_points=list(config.split_points) if config.split_points is not None else None,
         )
 
-    return context.once(measure_and_cut)
+    plan = context.once(measure_and_cut)
+    return plan if layout.num_ranks == num_stages else interleaved_plan(plan, layout.num_ranks)
+
+
+def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
+    """The link between the first two ranks, measured; None where a replica has only one. Collective."""
+    if layout.num_ranks == 1:
+        return None
+    return context.agree(lambda: profiler.measure_link(device=context.device))
+
+
+def interleaved_plan(plan: Plan, num_ranks: int) -> Plan:
+    """The same stages dealt over fewer ranks, with the simulated step of that schedule."""
+    dealt = dataclasses.replace(plan, schedule="interleaved", num_ranks=num_ranks)
+    timeline = simulate(dealt)
+    return dataclasses.replace(
+        dealt, step_us=timeline.makespan_us, bubble=timeline.mean_bubble, lower_bound_us=0.0, proved=False
+    )
 
 
 def memory_limit(config: PipelineConfig, context: Context) -> int | None:
@@ -111,6 +149,7 @@ def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:
 
 def precision_context(config: PipelineConfig, device: torch.device) -> Callable[[], Any]:
     """Makes the context under which stages run."""
-    if config.precision == "bf16":
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)

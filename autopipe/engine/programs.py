@@ -13,10 +13,11 @@ from torch import nn
 
 from autopipe.capture import Captured, capture
 from autopipe.capture.loss import LossFunction, no_loss
+from autopipe.capture.seeding import RandomSource
 from autopipe.engine.batch import MicroBatch
+from autopipe.engine.layout import Layout
 from autopipe.engine.transport import TensorSpec
 from autopipe.errors import CaptureError
-from autopipe.placement import follow
 from autopipe.schedule import Edge
 from autopipe.stages import StageModule, StageSpec, cut, edges_of, stage_module
 
@@ -25,18 +26,18 @@ Kind = Literal["train", "eval", "predict"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A captured graph cut into stages, and the module of this rank.
+    """A captured graph cut into stages, and the modules of this rank.
 
     Attributes:
         captured: gives inputs their order and outputs their structure.
         specs: what each stage reads and gives.
-        module: this rank's stage.
+        modules: the stages of this rank.
         loss_stage: the stage that holds the loss, None where there is none.
     """
 
     captured: Captured
     specs: tuple[StageSpec, ...]
-    module: StageModule
+    modules: Mapping[int, StageModule]
     loss_stage: int | None
 
     @property
@@ -98,19 +99,20 @@ def capture_program(
     return captured
 
 
-def make_program(captured: Captured, stage_of: Mapping[str, int], num_stages: int, stage: int) -> Program:
-    """Cuts a captured graph and builds this rank's module."""
-    specs = cut(captured, stage_of, num_stages)
+def make_program(
+    captured: Captured, stage_of: Mapping[str, int], layout: Layout, random: RandomSource, *, compiled: bool
+) -> Program:
+    """Cuts a captured graph and builds this rank's modules."""
+    specs = cut(captured, stage_of, layout.num_stages)
     loss_stage = None
     if captured.loss is not None:
         results: Any = captured.graph_module.graph.output_node().args[0]
         loss_stage = stage_of[results[captured.loss].name]
-    return Program(captured=captured, specs=specs, module=stage_module(captured, specs[stage]), loss_stage=loss_stage)
-
-
-def follow_program(captured: Captured, owned: Mapping[str, tuple[int, ...]], num_stages: int, stage: int) -> Program:
-    """A program whose nodes stand with the parameters that an earlier plan has placed."""
-    return make_program(captured, follow(captured, owned), num_stages, stage)
+    modules = {s: stage_module(captured, specs[s], random) for s in layout.stages}
+    if compiled:
+        for module in modules.values():
+            module.compile()
+    return Program(captured=captured, specs=specs, modules=modules, loss_stage=loss_stage)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,59 @@
-"""One rank's stage during one step: what it keeps of each micro-batch between its forward and its backward."""
+"""One stage during one step: what it keeps of each micro-batch between its forward and its backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autopipe.capture.seeding import RandomSource
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
+from autopipe.engine.layout import Layout
 from autopipe.engine.programs import Program
 from autopipe.engine.transport import Flow, Handle, Transport
 from autopipe.schedule import Action
 from autopipe.stages import MODEL_INPUT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What the stages of one rank share during a step.
+
+    Attributes:
+        programs: for each of this replica's micro-batches, what is run.
+        microbatches, weights: the micro-batches, and their shares in the mean loss of the whole batch.
+        training: keep what the backward needs.
+        with_target: the graphs take the target among their inputs.
+        layout, transport: where stages run, and what moves tensors between them.
+        clock: times what runs.
+        random, seed, number, first_microbatch: what random operations follow from: the run's seed, the step's number, and the
+            place of this replica's first micro-batch in the whole batch.
+        loss_scale: losses are multiplied by it before the backward.
+        local: tensors that go from one stage of this rank to another: (kind, from, to, micro-batch).
+    """
+
+    programs: Sequence[Program]
+    microbatches: Sequence[MicroBatch]
+    weights: Sequence[float]
+    training: bool
+    with_target: bool
+    layout: Layout
+    transport: Transport
+    clock: StepClock
+    random: RandomSource
+    seed: int
+    number: int
+    first_microbatch: int
+    loss_scale: float = 1.0
+    local: dict[tuple[str, int, int, int], list[Tensor]] = field(default_factory=dict)
+
+    def seed_for(self, m: int) -> None:
+        """From now on random operations are those of micro-batch m."""
+        self.random.set(self.seed, self.number, self.first_microbatch + m)
 
 
 @dataclass(slots=True)
@@ -26,32 +65,19 @@ class _Saved:
     loss: Tensor | None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class StageRun:
     """Executes the actions of one stage.
 
     Attributes:
-        stage: the stage of this rank.
-        programs: for each micro-batch, what is run.
-        microbatches, weights: the micro-batches and their shares in the mean loss.
-        transport: moves tensors between stages.
-        rank_of: the rank of each stage.
-        training: keep what the backward needs.
-        with_target: the graph takes the target among its inputs.
-        clock: times what runs.
+        stage: the stage.
+        step: what it shares with the other stages of its rank.
         loss: the weighted sum of the losses so far, on the stage that makes the loss.
         results: the graph's outputs of each micro-batch that this stage holds, for `predict`.
     """
 
     stage: int
-    programs: Sequence[Program]
-    microbatches: Sequence[MicroBatch]
-    weights: Sequence[float]
-    transport: Transport
-    rank_of: Sequence[int]
-    training: bool
-    with_target: bool
-    clock: StepClock
+    step: Step
     loss: Tensor | None = None
     results: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     _receiving: dict[Action, Handle] = field(default_factory=dict)
@@ -60,74 +86,89 @@ class StageRun:
     _saved: dict[int, _Saved] = field(default_factory=dict)
     _input_gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def flow(self, source: int, target: int) -> Flow:
-        """The flow of tensors from one stage to another."""
-        return self.rank_of[source], self.rank_of[target]
+    def _flow(self, source: int, target: int) -> Flow:
+        return self.step.layout.rank_of(source), self.step.layout.rank_of(target)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
 
     def receive(self, action: Action) -> None:
         """Posts a receive; the compute that needs it joins it."""
-        program = self.programs[action.microbatch]
+        program = self.step.programs[action.microbatch]
         if action.kind == "RECV_F":
             message = program.forward_message(action.peer, self.stage)
         else:
             message = program.backward_message(self.stage, action.peer)
-        self._receiving[action] = self.transport.recv(self.flow(action.peer, self.stage), message)
+        self._receiving[action] = self.step.transport.recv(self._flow(action.peer, self.stage), message)
         self._drop_finished()
+
+    def _arrived(self, kind: Any, m: int, source: int) -> list[Tensor] | None:
+        """The tensors of a receive, waited for; of a stage on this rank, what it has left; None where nothing was due."""
+        if self.step.layout.is_mine(source):
+            return self.step.local.pop((kind, source, self.stage, m), None)
+        action = Action(kind, self.stage, m, source)
+        handle = self._receiving.pop(action, None)
+        if handle is None:
+            return None
+        with self.step.clock.span(action, waiting=True):
+            return handle.join()
 
     def forward(self, m: int) -> None:
         """Runs the forward of micro-batch m."""
-        program = self.programs[m]
-        given = self.microbatches[m].tensors(self.with_target)
+        program = self.step.programs[m]
+        spec = program.specs[self.stage]
+        given = self.step.microbatches[m].tensors(self.step.with_target)
         received: dict[str, Tensor] = {}
-        for source in sorted({i.source for i in program.specs[self.stage].inputs} - {MODEL_INPUT}):
-            action = Action("RECV_F", self.stage, m, source)
-            handle = self._receiving.pop(action)
-            names = [i.name for i in program.specs[self.stage].received_from(source)]
-            with self.clock.span(action, waiting=True):
-                received |= dict(zip(names, handle.join(), strict=True))
-        inputs = []
-        for spec in program.specs[self.stage].inputs:
-            if spec.source == MODEL_INPUT:
-                inputs.append(given[spec.position])
-            else:
-                inputs.append(received[spec.name].requires_grad_(spec.gradient and self.training))
-        with self.clock.span(Action("F", self.stage, m)):
-            values: tuple[Tensor, ...] = program.module(*inputs)
+        for source in sorted({i.source for i in spec.inputs} - {MODEL_INPUT}):
+            names = [i.name for i in spec.received_from(source)]
+            received |= dict(zip(names, self._arrived("RECV_F", m, source) or [], strict=True))
+        inputs = [
+            given[i.position]
+            if i.source == MODEL_INPUT
+            else received[i.name].requires_grad_(i.gradient and self.step.training)
+            for i in spec.inputs
+        ]
+        self.step.seed_for(m)
+        with self.step.clock.span(Action("F", self.stage, m)):
+            values: tuple[Tensor, ...] = program.modules[self.stage](*inputs)
         self._keep(m, inputs, list(values))
 
     def _keep(self, m: int, inputs: list[Tensor], values: list[Tensor]) -> None:
-        program = self.programs[m]
+        program = self.step.programs[m]
         spec = program.specs[self.stage]
         outputs, results = values[: len(spec.outputs)], values[len(spec.outputs) :]
         loss = None
         held = dict(zip(spec.results, results, strict=True))
         if program.loss_stage == self.stage:
             assert program.captured.loss is not None
-            loss = held.pop(program.captured.loss).float() * self.weights[m]
+            loss = held.pop(program.captured.loss).float() * self.step.weights[m]
             share = loss.detach()
             self.loss = share if self.loss is None else self.loss + share
-        if not self.training:
+        if not self.step.training:
             self.results[m] = held
             self._saved.clear()  # the sends of earlier micro-batches have started, and hold their tensors
         self._saved[m] = _Saved(inputs, outputs, loss)
+        for target in sorted({t for o in spec.outputs for t in o.targets if self.step.layout.is_mine(t)}):
+            local = [outputs[i].detach() for i in spec.sent_to(target)]
+            self.step.local["RECV_F", self.stage, target, m] = local
 
     def send_forward(self, action: Action) -> None:
         """Starts sending the activations that one later stage reads."""
         m = action.microbatch
-        program, saved = self.programs[m], self._saved[m]
+        program, saved = self.step.programs[m], self._saved[m]
         tensors = [saved.outputs[i] for i in program.specs[self.stage].sent_to(action.peer)]
         message = program.forward_message(self.stage, action.peer)
-        handle = self.transport.send(self.flow(self.stage, action.peer), tensors, message)
+        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message)
         self._sending.setdefault(m, []).append((action.peer, handle))
+
+    # -- backward -----------------------------------------------------------------------------------------------------
 
     def backward(self, m: int) -> None:
         """Runs the backward of micro-batch m; parameters accumulate their gradients."""
-        saved, program = self._saved.pop(m), self.programs[m]
-        spec = program.specs[self.stage]
+        saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
         roots: list[Tensor] = []
         gradients: list[Tensor | None] = []
         if saved.loss is not None:
-            roots.append(saved.loss)
+            roots.append(saved.loss * self.step.loss_scale if self.step.loss_scale != 1.0 else saved.loss)
             gradients.append(None)
         sums, answered = self._join_gradients(m)
         for output, value in zip(spec.outputs, saved.outputs, strict=True):
@@ -137,37 +178,45 @@ class StageRun:
         for target, handle in self._sending.get(m, ()):
             if target in answered:
                 handle.join()  # its gradient came back, so the activation was consumed: this cannot block
-        with self.clock.span(Action("B", self.stage, m)):
+        self.step.seed_for(m)
+        with self.step.clock.span(Action("B", self.stage, m)):
             if roots:
                 torch.autograd.backward(roots, gradients)
-        self._input_gradients[m] = {
-            i.name: _gradient_of(v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient
-        }
+        self._keep_gradients(
+            m, {i.name: _gradient_of(v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient}
+        )
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""
-        program, sums, answered = self.programs[m], dict[str, Tensor](), set[int]()
+        program, sums, answered = self.step.programs[m], dict[str, Tensor](), set[int]()
         outputs = program.specs[self.stage].outputs
         for target in sorted({t for o in outputs if o.gradient for t in o.targets}):
-            action = Action("RECV_B", self.stage, m, target)
-            if action not in self._receiving:
+            gradients = self._arrived("RECV_B", m, target)
+            if gradients is None:
                 continue
             answered.add(target)
             names = [i.name for i in program.specs[target].received_from(self.stage) if i.gradient]
-            with self.clock.span(action, waiting=True):
-                gradients = self._receiving.pop(action).join()
             for name, gradient in zip(names, gradients, strict=True):
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums, answered
 
+    def _keep_gradients(self, m: int, gradients: Mapping[str, Tensor]) -> None:
+        spec = self.step.programs[m].specs[self.stage]
+        self._input_gradients[m] = dict(gradients)
+        for source in sorted({i.source for i in spec.inputs if i.gradient and self.step.layout.is_mine(i.source)}):
+            names = [i.name for i in spec.received_from(source) if i.gradient]
+            self.step.local["RECV_B", self.stage, source, m] = [self._input_gradients[m].pop(n) for n in names]
+
     def send_backward(self, action: Action) -> None:
         """Starts sending the gradients of what came from one earlier stage."""
         m = action.microbatch
-        program, gradients = self.programs[m], self._input_gradients[m]
+        program, gradients = self.step.programs[m], self._input_gradients[m]
         names = [i.name for i in program.specs[self.stage].received_from(action.peer) if i.gradient]
         message = program.backward_message(action.peer, self.stage)
-        handle = self.transport.send(self.flow(self.stage, action.peer), [gradients.pop(n) for n in names], message)
-        self._gradients.append(handle)
+        tensors = [gradients.pop(n) for n in names]
+        self._gradients.append(self.step.transport.send(self._flow(self.stage, action.peer), tensors, message))
+
+    # -- buffers ------------------------------------------------------------------------------------------------------
 
     def _drop_finished(self) -> None:
         """Forgets sends that have arrived, so that buffers grow with the stages and not with the micro-batches."""

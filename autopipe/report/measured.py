@@ -39,13 +39,12 @@ class MeasuredStage:
     peak_bytes: int
 
 
-def measured_report(plan: Plan, stages: Sequence[MeasuredStage | None], format: str = "table") -> str:
+def measured_report(plan: Plan, measured: Sequence[MeasuredStage], format: str = "table") -> str:
     """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html`.
 
     Raises:
         ConfigError: an unknown format.
     """
-    measured = [s for s in stages if s is not None]
     if format == "json":
         return (
             json.dumps({"plan": plan.to_json(), "measured": [dataclasses.asdict(s) for s in measured]}, indent=1) + "\n"

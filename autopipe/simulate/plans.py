@@ -39,6 +39,7 @@ def plan_schedule(
         [Edge(t.source, t.target, t.backward_bytes > 0) for t in plan.transfers],
         costs=plan_costs(plan, link),
         reductions=groups,
+        num_ranks=plan.num_ranks or None,
     )
 
 
@@ -72,4 +73,6 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None) -> Costs:
 
 def _in_flight(plan: Plan) -> tuple[int, ...]:
     """Micro-batches that the plan's `activation_bytes` count: those that its own schedule keeps alive at once."""
-    return count_live(build_schedule(plan.schedule, plan.num_stages, plan.num_microbatches, []))
+    return count_live(
+        build_schedule(plan.schedule, plan.num_stages, plan.num_microbatches, [], num_ranks=plan.num_ranks or None)
+    )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
-from autopipe.engine.batch import split, weights
+from autopipe.engine.batch import normalised, raw_weights, split
 from tests.gloo.models import make
 
 
@@ -121,14 +121,14 @@ def test_a_batch_is_split_along_its_first_dimension_only_where_that_is_the_batch
     assert torch.equal(torch.cat([p.args[0] for p in parts]), torch.arange(10))
     assert torch.equal(torch.cat([p.target for p in parts]), torch.arange(10) * 2)
     assert all(p.args[1].shape == (3, 3) and p.kwargs == {"flag": True} for p in parts)
-    assert weights(parts, None) == [0.3, 0.3, 0.2, 0.2]
+    assert normalised(raw_weights(parts, None), 10) == [0.3, 0.3, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
         ("num_microbatches", 0),
-        ("num_stages", 2),
+        ("num_stages", -1),
         ("schedule", "2f2b"),
         ("precision", "int4"),
         ("max_grad_norm", -1.0),

@@ -1,0 +1,295 @@
+"""Runs a call over this rank's stages: the programs and schedules it needs, made when they are first seen, and one step of actions."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopipe.capture import Captured
+from autopipe.capture.seeding import RandomSource, generators_kept
+from autopipe.config import PipelineConfig
+from autopipe.engine.batch import MicroBatch
+from autopipe.engine.clock import StepClock
+from autopipe.engine.context import Context
+from autopipe.engine.failure import FailureBoard, is_connection_error
+from autopipe.engine.interpreter import ActionFailure, run_actions
+from autopipe.engine.layout import Layout
+from autopipe.engine.planning import precision_context
+from autopipe.engine.programs import Kind, Program, capture_program, make_program, mode_of, set_mode
+from autopipe.engine.stage_run import StageRun, Step
+from autopipe.engine.transport import Transport
+from autopipe.errors import EngineError
+from autopipe.placement import follow
+from autopipe.plan import Plan
+from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
+from autopipe.simulate import plan_costs
+
+MAX_PROGRAMS = 64
+"""Signatures that are kept captured; the one used longest ago is dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """This replica's share of a call.
+
+    Attributes:
+        microbatches, weights: its micro-batches, and their shares in the mean loss of the whole batch.
+        first: the place of the first of them among all replicas' micro-batches.
+    """
+
+    microbatches: Sequence[MicroBatch]
+    weights: Sequence[float]
+    first: int
+
+
+class Runner:
+    """Executes calls once the model is placed.
+
+    Args:
+        owned: the stages that hold each parameter and buffer; later graphs follow them.
+        tie_groups: the sets of stages that share parameters.
+        flags: the training flag that the user gave each module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PipelineConfig,
+        context: Context,
+        layout: Layout,
+        transport: Transport,
+        plan: Plan,
+        owned: Mapping[str, tuple[int, ...]],
+        tie_groups: Sequence[tuple[int, ...]],
+        flags: Mapping[nn.Module, bool],
+        seed: int,
+    ) -> None:
+        self._model, self._config, self._context, self._layout, self._transport = (
+            model,
+            config,
+            context,
+            layout,
+            transport,
+        )
+        self._plan, self._owned, self._tie_groups, self._flags, self._seed = plan, owned, tuple(tie_groups), flags, seed
+        self._modes = precision_context(config, context.device)
+        self._random = RandomSource()
+        self._failure = FailureBoard(context)
+        self._programs: dict[str, Program] = {}
+        self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self.broken: EngineError | None = None
+
+    # -- programs and schedules ---------------------------------------------------------------------------------------
+
+    def add_program(
+        self, kind: Kind, training: bool, microbatch: MicroBatch, captured: Captured, stage_of: Mapping[str, int]
+    ) -> None:
+        """Keeps the program of the graph that was planned. Collective."""
+        self._keep(self._key(kind, training, microbatch), captured, stage_of)
+
+    def _keep(self, key: str, captured: Captured, stage_of: Mapping[str, int]) -> Program:
+        program = make_program(captured, stage_of, self._layout, self._random, compiled=self._config.compile)
+        self._transport.open(_flows(program.edges, self._layout))
+        self._programs[key] = program
+        if len(self._programs) > MAX_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return program
+
+    def _key(self, kind: Kind, training: bool, microbatch: MicroBatch) -> str:
+        frozen = zlib.crc32(bytes(p.requires_grad for p in self._model.parameters()))
+        return f"{kind}|{training}|{frozen}|{microbatch.signature()}"
+
+    def _ensure(self, kind: Kind, training: bool, microbatches: Sequence[MicroBatch]) -> None:
+        """Captures what is needed and not there yet, in the same order on every rank. Collective where anything is new."""
+        new = {key: m for m in microbatches if (key := self._key(kind, training, m)) not in self._programs}
+        if (
+            self._layout.data_parallel > 1
+        ):  # replicas may have micro-batches of different shapes: each makes the programs of all
+            anything = torch.tensor(int(bool(new)))
+            self._transport.all_reduce(anything, dist.ReduceOp.MAX)
+            if not anything:
+                return
+            wanted = self._context.gather({key: m.template() for key, m in new.items()})
+            new = {key: m for part in wanted for key, m in part.items() if key not in self._programs}
+        for key, microbatch in new.items():
+            self._build(key, kind, training, microbatch)
+
+    def _build(self, key: str, kind: Kind, training: bool, microbatch: MicroBatch) -> None:
+        def captured_here() -> tuple[Captured, dict[str, int]]:
+            with mode_of(self._model, training, self._flags):
+                captured = capture_program(
+                    self._model, microbatch, kind, self._config.loss_fn, check=False, modes=self._modes
+                )
+            return captured, follow(captured, self._owned)
+
+        captured, stage_of = self._context.agree(captured_here)
+        self._context.require_equal(captured.graph_hash, "graph", "pass batches of the same shapes on all ranks")
+        self._keep(key, captured, stage_of)
+
+    def _program(self, kind: Kind, training: bool, microbatch: MicroBatch) -> Program:
+        key = self._key(kind, training, microbatch)
+        self._programs[key] = self._programs.pop(key)  # the most recent stands last
+        return self._programs[key]
+
+    def _schedule(self, kind: Kind, edges: tuple[Edge, ...], num_microbatches: int) -> Schedule:
+        key = (kind == "train", edges, num_microbatches)
+        if key not in self._schedules:
+            schedule = build_schedule(
+                self._plan.schedule if kind == "train" else "forward",
+                self._layout.num_stages,
+                num_microbatches,
+                edges,
+                costs=plan_costs(self._plan),
+                reductions=self._tie_groups if kind == "train" else (),
+                num_ranks=self._layout.num_ranks,
+            )
+            check_schedule(schedule)
+            self._schedules[key] = schedule
+        return self._schedules[key]
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        kind: Kind,
+        training: bool,
+        share: Share,
+        number: int,
+        *,
+        loss_scale: float = 1.0,
+        reduce: Callable[[int], None],
+        stage_done: Callable[[int], None],
+    ) -> tuple[Step, list[StageRun]]:
+        """Runs this replica's micro-batches through this rank's stages.
+
+        Args:
+            training: the model is in training mode.
+            number: of the step, from which random operations follow.
+            reduce, stage_done: as in `run_actions`.
+
+        Raises:
+            EngineError: a rank has failed.
+        """
+        self._compare_calls(kind, training, share)
+        self._ensure(kind, training, share.microbatches)
+        programs = [self._program(kind, training, m) for m in share.microbatches]
+        for program in {id(p): p for p in programs}.values():
+            for module in program.modules.values():
+                set_mode(module, training, self._flags)
+        step = Step(
+            programs=programs,
+            microbatches=share.microbatches,
+            weights=share.weights,
+            training=kind == "train",
+            with_target=self._config.loss_fn is not None and kind != "predict",
+            layout=self._layout,
+            transport=self._transport,
+            clock=StepClock(self._context.device),
+            random=self._random,
+            seed=self._seed,
+            number=number,
+            first_microbatch=share.first,
+            loss_scale=loss_scale,
+        )
+        runs = {s: StageRun(s, step) for s in self._layout.stages}
+        if share.microbatches:
+            schedule = self._schedule(kind, _union([p.edges for p in programs]), len(share.microbatches))
+            self._execute(schedule, step, runs, reduce, stage_done)
+        elif kind == "train":
+            for stage in self._layout.stages:
+                stage_done(stage)
+            for group, stages in enumerate(self._tie_groups):
+                if any(self._layout.is_mine(s) for s in stages):
+                    reduce(group)
+        return step, list(runs.values())
+
+    def _execute(self, schedule: Schedule, step: Step, runs: dict[int, StageRun], reduce: Any, stage_done: Any) -> None:
+        grad = contextlib.nullcontext() if step.training else torch.no_grad()
+        try:
+            with generators_kept(), grad, self._modes():
+                run_actions(schedule.actions[self._layout.pipeline_rank], runs, reduce, stage_done)
+                for run in runs.values():
+                    run.finish()
+        except ActionFailure as failure:
+            raise self.fail(failure.stage, failure.phase, failure.cause) from failure.cause
+        except Exception as cause:
+            raise self.fail(self._layout.stages[0], "the end of the step", cause) from cause
+
+    def fail(self, stage: int, phase: str, cause: BaseException) -> EngineError:
+        """The error to raise on this rank after a failure here or elsewhere; the engine cannot be used afterwards."""
+        message = f"stage {stage} on rank {self._context.rank}, {phase}: {type(cause).__name__}: {cause}"
+        error = self._failure.fail(message, lost_connection=is_connection_error(cause), transport=self._transport)
+        self.broken = error
+        return error
+
+    def _compare_calls(self, kind: Kind, training: bool, share: Share) -> None:
+        """Ranks that were given different calls or batches would wait for each other: the ranks of a replica compare a digest first."""
+        group = self._layout.pipeline_control
+        if group is None:
+            return
+        digest = zlib.crc32("|".join([kind, str(training), *(m.signature() for m in share.microbatches)]).encode())
+        bounds = torch.tensor([digest, -digest])
+        try:
+            self._transport.all_reduce(bounds, dist.ReduceOp.MAX, group)
+        except RuntimeError as cause:
+            raise self.fail(self._layout.stages[0], "comparing the call with the other ranks", cause) from cause
+        if bounds[0] == -bounds[1]:
+            return
+        calls: list[Any] = [None] * self._layout.num_ranks
+        mine = (
+            kind,
+            [m.num_samples for m in share.microbatches],
+            share.microbatches[0].signature() if share.microbatches else "",
+        )
+        dist.all_gather_object(calls, mine, group=group)
+        first = self._layout.rank_of(0)
+        other = next((r for r, c in enumerate(calls) if c != calls[0]), 0)
+        raise EngineError(
+            f"rank {first} calls {calls[0]}, rank {first + other} calls {calls[other]}",
+            expected="the same call with a batch of the same shape on every rank",
+            remedy="give every rank the same batch; seed the sampler of the data loader equally",
+        )
+
+    def predicted(self, step: Step, microbatches: Sequence[MicroBatch]) -> Captured:
+        """The captured graph of a prediction, which knows the output's structure; also on a replica without micro-batches."""
+        if step.programs:
+            return step.programs[0].captured
+        return self._program("predict", False, microbatches[0]).captured
+
+    def share_loss(self, runs: Sequence[StageRun]) -> Tensor:
+        """The sum of the weighted losses over all stages and replicas, on every rank."""
+        loss = torch.zeros(())
+        for run in runs:
+            if run.loss is not None:
+                loss = loss + run.loss.to("cpu")
+        try:
+            self._transport.all_reduce(loss)
+        except RuntimeError as cause:
+            raise self.fail(self._layout.stages[0], "sharing the loss", cause) from cause
+        return loss
+
+
+def _flows(edges: Sequence[Edge], layout: Layout) -> list[tuple[int, int]]:
+    """The flows of a stage graph in every replica, both directions, without those within a rank."""
+    flows = []
+    for replica in range(layout.data_parallel):
+        for e in edges:
+            a, b = layout.rank_of(e.source, replica), layout.rank_of(e.target, replica)
+            flows += [(a, b), (b, a)] if e.backward else [(a, b)]
+    return [f for f in flows if f[0] != f[1]]
+
+
+def _union(edge_sets: Sequence[tuple[Edge, ...]]) -> tuple[Edge, ...]:
+    """The stage graph of a step whose micro-batches may have different ones."""
+    backward: dict[tuple[int, int], bool] = {}
+    for edges in edge_sets:
+        for e in edges:
+            backward[e.source, e.target] = backward.get((e.source, e.target), False) or e.backward
+    return tuple(Edge(s, t, b) for (s, t), b in sorted(backward.items()))
