@@ -229,6 +229,12 @@ class Engine:
         if self._plan is not None:
             return
         config, context, model = self._config, self._context, self._model
+        if (
+            not config.shard_batch and self._layout.data_parallel > 1
+        ):  # replicas may begin with different shapes: rank 0's are planned
+            check_device(microbatch, context.device)
+            first = context.gather(microbatch.template())[0]
+            microbatch = microbatch if context.rank == 0 else first
 
         def captured_here() -> Any:
             check_device(microbatch, context.device)
