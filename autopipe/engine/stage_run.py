@@ -81,6 +81,7 @@ class StageRun:
     loss: Tensor | None = None
     results: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     _receiving: dict[Action, Handle] = field(default_factory=dict)
+    _outgoing: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     _sending: dict[int, list[tuple[int, Handle]]] = field(default_factory=dict)
     _gradients: list[Handle] = field(default_factory=list)
     _saved: dict[int, _Saved] = field(default_factory=dict)
@@ -143,20 +144,22 @@ class StageRun:
             loss = held.pop(program.captured.loss).float() * self.step.weights[m]
             share = loss.detach()
             self.loss = share if self.loss is None else self.loss + share
-        if not self.step.training:
+        if self.step.training:
+            self._saved[m] = _Saved(inputs, outputs, loss)
+        else:
             self.results[m] = held
-            self._saved.clear()  # the sends of earlier micro-batches have started, and hold their tensors
-        self._saved[m] = _Saved(inputs, outputs, loss)
-        for target in sorted({t for o in spec.outputs for t in o.targets if self.step.layout.is_mine(t)}):
-            local = [outputs[i].detach() for i in spec.sent_to(target)]
-            self.step.local["RECV_F", self.stage, target, m] = local
+        for target in sorted({t for o in spec.outputs for t in o.targets}):
+            tensors = [outputs[i].detach() for i in spec.sent_to(target)]
+            if self.step.layout.is_mine(target):
+                self.step.local["RECV_F", self.stage, target, m] = tensors
+            else:
+                self._outgoing[m, target] = tensors
 
     def send_forward(self, action: Action) -> None:
         """Starts sending the activations that one later stage reads."""
         m = action.microbatch
-        program, saved = self.step.programs[m], self._saved[m]
-        tensors = [saved.outputs[i] for i in program.specs[self.stage].sent_to(action.peer)]
-        message = program.forward_message(self.stage, action.peer)
+        tensors = self._outgoing.pop((m, action.peer))
+        message = self.step.programs[m].forward_message(self.stage, action.peer)
         handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message)
         self._sending.setdefault(m, []).append((action.peer, handle))
 
