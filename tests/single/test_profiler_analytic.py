@@ -88,12 +88,12 @@ def test_a_large_model_on_meta_takes_seconds():
     with torch.device("meta"):
         model = Gpt(layers=24, width=2048, vocabulary=50_000, length=1024)
     ids = torch.zeros(1, 1024, dtype=torch.long)
-    start = time.perf_counter()
+    start = time.process_time()
     totals = {}
     for device in DEVICES:
         nodes = estimate(model, (ids, ids), device=device).nodes
         totals[device] = sum(n.forward_us + n.backward_us for n in nodes)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert totals["h200"] <= totals["h100"] < totals["a100"] < totals["cpu"]
 
 

@@ -91,7 +91,7 @@ def test_a_deep_model_costs_what_a_shallow_one_costs():
     for layers in (2, 48):
         model, ids = Gpt(layers=layers, width=128), torch.randint(0, 211, (4, 32))
         traced = fx.symbolic_trace(model)
-        start = time.perf_counter()
+        start = time.process_time()
         profiler.profile(traced, (ids, ids), budget_s=2.0, progress=False, calibrate=False, cache=False)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     assert taken[1] < 3 * taken[0] + 0.5
