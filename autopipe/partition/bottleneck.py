@@ -63,7 +63,7 @@ def split_order(
 ) -> Solution | None:
     """The best split of one order, at these positions, whose largest load is at most `upper_us`."""
     costs = IntervalCosts(problem.graph, order, problem.memory, positions)
-    effort.spend(cells=10 * problem.graph.num_nodes + 1.5e4)
+    effort.spend(cells=15 * problem.graph.num_nodes + 1e4)
     split = best_split(costs, problem.num_stages, upper_us, effort)
     if split is None:
         return None
@@ -115,7 +115,7 @@ def improve(problem: Problem, best: Solution, random: Random, effort: Effort, go
     idle = turn = 0
     while idle < stall and not effort.spent and best.load_us > goal_us:
         order = relinearise(graph, best.stage_of, random, turn)
-        effort.spend(cells=15 * graph.num_nodes)
+        effort.spend(cells=60 * graph.num_nodes)
         positions = _fine_grid(problem, order, best.stage_of, BANDS[turn % len(BANDS)])
         turn += 1
         found = split_order(problem, order, best.load_us * (1 + TOLERANCE), effort, positions)

@@ -56,7 +56,7 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     if not starts:
         starts = [_any_that_fits(problem, random, effort)]
     best = improve(problem, starts[0], random, effort, goal, stall=10)
-    found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.1, goal)
+    found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.25, goal)
     if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
         part = effort.share(0.8)
         budget = part.left_s
