@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
 
+import autopipe.checkpoint as checkpoint
 from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch, check_device, normalised, raw_weights, split
 from autopipe.engine.context import Context
@@ -23,6 +24,7 @@ from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_
 from autopipe.engine.programs import Kind, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.runner import Runner, Share
+from autopipe.engine.saving import load, save
 from autopipe.engine.scaling import LossScale
 from autopipe.engine.transport import Transport
 from autopipe.errors import EngineError
@@ -54,6 +56,7 @@ class Engine:
         self._runner: Runner | None = None
         self._parameters: StageParameters | None = None
         self._optimizing: Optimizing | None = None
+        self._resume: tuple[Path, dict[str, Any]] | None = None
         self.steps = 0
 
     # -- what users call ----------------------------------------------------------------------------------------------
@@ -139,6 +142,59 @@ class Engine:
         """Loads a whole model's state; each rank takes its share."""
         self._require_plan("load_state_dict()")
         self._placed().load_state_dict(state)
+
+    def save_checkpoint(
+        self, directory: str | Path, step: int | None = None, client_state: Any = None, *, keep: int | None = None
+    ) -> Path:
+        """Writes the whole run: parameters, optimizer, scheduler, loss scale, random state, plan. All ranks must call it.
+
+        Args:
+            directory: on a file system that all ranks share; a folder `step-…` is made in it.
+            step: its number; the number of steps so far where it is None.
+            client_state: whatever JSON can hold, such as the position in the data.
+            keep: whole checkpoints to keep; None keeps all.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank; earlier ones stand.
+        """
+        self._require_plan("save_checkpoint()")
+        return save(
+            directory,
+            self.steps if step is None else step,
+            self._placed(),
+            self._optimizer(),
+            self.plan,
+            self._context,
+            self._layout,
+            seed=self._ready().seed,
+            client_state={"steps": self.steps, "client": client_state},
+            keep=keep,
+        )
+
+    def load_checkpoint(self, directory: str | Path) -> Any:
+        """Reads the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
+
+        Before the first batch it is read when the model is placed. Returns the `client_state` that was saved.
+
+        Raises:
+            CheckpointError: there is none, or it does not fit this model.
+        """
+        path, meta = self._context.agree(lambda: _newest(directory))
+        self._context.require_equal(
+            str(path), "checkpoint", "give all ranks the same directory on a file system that they share"
+        )
+        self._resume = (path, meta)
+        if self._plan is not None:
+            self._load_resumed()
+        self.steps = int(meta["client_state"]["steps"])
+        return meta["client_state"]["client"]
+
+    def _load_resumed(self) -> None:
+        if self._resume is not None:
+            path, meta = self._resume
+            self._context.agree(lambda: load(path, meta, self._placed(), self._optimizer()))
+            self._ready().seed = int(meta["seed"])
+            self._resume = None
 
     def train(self, mode: bool = True) -> Engine:
         """Lets `train_batch` run the model in training mode (dropout on), or not. Evaluation never does."""
@@ -260,6 +316,7 @@ class Engine:
         scale = LossScale.for_precision(config.precision)
         self._optimizing = context.agree(lambda: Optimizing(config, parameters, self._replicas, self._transport, scale))
         self._parameters, self._plan = parameters, plan
+        self._load_resumed()
 
     def _placed(self) -> StageParameters:
         assert self._parameters is not None
@@ -327,6 +384,11 @@ class Engine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._replicas.start_reduce(used)
+
+
+def _newest(directory: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.newest(directory)
+    return path, checkpoint.read_meta(path)
 
 
 def _nothing(_: int) -> None:

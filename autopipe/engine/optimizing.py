@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,3 +75,40 @@ class Optimizing:
             self._replicas.share_parameters(self._parameters.trainable(), self.owner)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_by_name(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        """For each parameter that this rank's optimizer steps: its state, and the options of its group."""
+        if self.optimizer is None:
+            return {}
+        options = {id(p): _options(g) for g in self.optimizer.param_groups for p in g["params"]}
+        return {
+            n: (dict(self.optimizer.state.get(p, {})), options[id(p)])
+            for n, p in self.mine().items()
+            if id(p) in options
+        }
+
+    def set_state_by_name(
+        self, states: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]], scheduler: Any
+    ) -> None:
+        """Puts back what `state_by_name` gave, on any layout."""
+        if self.optimizer is None:
+            return
+        named = self.mine()
+        for name, state in states.items():
+            self.optimizer.state[named[name]] = dict(state)
+        for group in self.optimizer.param_groups:
+            first = next((n for n, p in named.items() if any(p is q for q in group["params"]) and n in options), None)
+            if first is not None:
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options[first].items()})
+        if self.lr_scheduler is not None and scheduler is not None:
+            self.lr_scheduler.load_state_dict(scheduler)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: v.item() if isinstance(v, torch.Tensor) else v
+        for k, v in group.items()
+        if k not in ("params", "param_names")
+    }

@@ -38,6 +38,7 @@ class StageParameters:
             model.named_buffers(remove_duplicate=False)
         )
         self._persistent = list(model.state_dict(keep_vars=True))
+        self._in_state = {names[n] for n in self._persistent if n in names}
         self._mine: dict[str, Tensor] = {
             n: everything[n] for n, stages in owned.items() if set(stages) & set(layout.stages)
         }
@@ -94,6 +95,10 @@ class StageParameters:
         """The trainable parameters of this rank that several stages read, each once."""
         shared = {n for names in self._tied for n in names}
         return [p for n, p in self.trainable().items() if n in shared]
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        """What this rank holds of the model's state dict, by first name."""
+        return [(n, t) for n, t in self._mine.items() if n in self._in_state]
 
     def buffers(self) -> list[Tensor]:
         """This rank's buffers."""

@@ -78,7 +78,7 @@ class Runner:
             layout,
             transport,
         )
-        self._plan, self._owned, self._tie_groups, self._flags, self._seed = plan, owned, tuple(tie_groups), flags, seed
+        self._plan, self._owned, self._tie_groups, self._flags, self.seed = plan, owned, tuple(tie_groups), flags, seed
         self._modes = precision_context(config, context.device)
         self._random = RandomSource()
         self._failure = FailureBoard(context)
@@ -193,7 +193,7 @@ class Runner:
             transport=self._transport,
             clock=StepClock(self._context.device),
             random=self._random,
-            seed=self._seed,
+            seed=self.seed,
             number=number,
             first_microbatch=share.first,
             loss_scale=loss_scale,

@@ -1,0 +1,97 @@
+"""What of a run goes into a checkpoint, by the model's own names, and how any layout of stages and replicas takes it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import autopipe.checkpoint as checkpoint
+from autopipe.engine.context import Context
+from autopipe.engine.layout import Layout
+from autopipe.engine.optimizing import Optimizing
+from autopipe.engine.parameters import StageParameters
+from autopipe.errors import CheckpointError
+from autopipe.plan import Plan
+
+MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng"
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    parameters: StageParameters,
+    optimizing: Optimizing,
+    plan: Plan,
+    context: Context,
+    layout: Layout,
+    *,
+    seed: int,
+    client_state: Any,
+    keep: int | None,
+) -> Path:
+    """Writes a checkpoint of the whole run. Collective."""
+    tensors: dict[str, Tensor] = {}
+    if layout.replica == 0:
+        tensors |= {MODEL + n: t.detach() for n, t in parameters.held() if parameters.is_first_holder(n)}
+    if context.rank == 0:
+        tensors[RNG] = torch.get_rng_state()
+    options = {}
+    for name, (state, group) in optimizing.state_by_name().items():
+        if parameters.is_first_holder(name) and (optimizing.owner[name] >= 0 or layout.replica == 0):
+            options[name] = group
+            for key, value in state.items():
+                tensors[f"{OPTIMIZER}{name}.{key}"] = (
+                    value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+                )
+    scheduler = optimizing.lr_scheduler.state_dict() if optimizing.lr_scheduler is not None else None
+    gathered = context.gather((options, scheduler))
+    meta = {
+        "plan": plan.to_json(),
+        "options": {n: o for part, _ in gathered for n, o in part.items()},
+        "lr_scheduler": next((s for _, s in gathered if s is not None), None),
+        "loss_scale": [optimizing.scale.scale, optimizing.scale.good_steps],
+        "seed": seed,
+        "client_state": client_state,
+    }
+    return checkpoint.write(
+        directory,
+        step,
+        tensors,
+        meta,
+        coordinator=context.rank == 0,
+        group=context.control,
+        together=context.agree,
+        keep=keep,
+    )
+
+
+def load(path: Path, meta: Mapping[str, Any], parameters: StageParameters, optimizing: Optimizing) -> None:
+    """Takes this rank's share out of a checkpoint, whatever layout wrote it."""
+    there = checkpoint.stored(path)
+    wanted: dict[str, Tensor] = {MODEL + n: t.detach() for n, t in parameters.held()}
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in optimizing.mine().items() if optimizing.optimizer is not None else ():
+        prefix = f"{OPTIMIZER}{name}."
+        for key, (shape, dtype) in there.items():
+            if key.startswith(prefix) and "." not in key[len(prefix) :]:
+                device = parameter.device if shape else torch.device("cpu")
+                states.setdefault(name, {})[key[len(prefix) :]] = torch.empty(shape, dtype=dtype, device=device)
+    wanted |= {f"{OPTIMIZER}{n}.{k}": t for n, state in states.items() for k, t in state.items()}
+    if RNG in there:
+        wanted[RNG] = torch.empty(there[RNG][0], dtype=there[RNG][1])
+    checkpoint.read_into(path, wanted)
+    if RNG in wanted:
+        torch.set_rng_state(wanted[RNG])
+    try:
+        optimizing.set_state_by_name(states, meta["options"], meta["lr_scheduler"])
+        optimizing.scale.scale, optimizing.scale.good_steps = meta["loss_scale"]
+    except (KeyError, TypeError, ValueError) as cause:
+        raise CheckpointError(
+            f"{type(cause).__name__}: {cause}",
+            where=str(path / checkpoint.META),
+            remedy="load a checkpoint that autopipe wrote",
+        ) from cause
