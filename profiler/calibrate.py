@@ -50,11 +50,11 @@ def residual_of(
     segment_timer = SegmentTimer(model, tensors, timer.clock, timer.backward_start_us)
     measured_us = nodes_us = 0.0
 
-    def arriving(node: fx.Node) -> None:
+    def arriving(node: fx.Node) -> bool:
         nonlocal measured_us, nodes_us
-        segment = segments.get(node)
+        segment = segments.pop(node, None)
         if segment is None:
-            return
+            return bool(segments)
         try:
             values = [walk.real_output(n) for n in segment.inputs if n.op != "get_attr"]
             measured_us += segment_timer.measure_us(segment, values)
@@ -65,6 +65,7 @@ def residual_of(
                 where="calibration",
                 remedy="profile with calibrate=False",
             ) from cause
+        return bool(segments)
 
     walk.run(lambda visit: None, arriving)
     return measured_us / nodes_us if nodes_us > 0 else 1.0

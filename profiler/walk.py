@@ -99,13 +99,13 @@ class Walk:
         self.saved_bytes: dict[str, int] = {n.name: 0 for n in compute_nodes(model.graph)}
         self.made_up = False
 
-    def run(self, visited: Callable[[Visit], None], arriving: Callable[[fx.Node], None] | None = None) -> None:
-        """Walks the whole graph, tells of each node before it is entered, and reports each compute node after it."""
+    def run(self, visited: Callable[[Visit], None], arriving: Callable[[fx.Node], bool] | None = None) -> None:
+        """Walks the graph, tells of each node before it is entered until that says stop, and reports each compute node."""
         inputs = iter(self._args)
         dying = last_readers(self._model.graph)
         for node in self._model.graph.nodes:
-            if arriving is not None:
-                arriving(node)
+            if arriving is not None and not arriving(node):
+                return
             if node.op == "placeholder":
                 self._env[node] = self._input(next(inputs))
             elif node.op == "get_attr":
