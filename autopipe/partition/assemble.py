@@ -73,7 +73,7 @@ def assemble(
         link=graph.link,
         memory_limit_bytes=int(run.memory.limit_bytes) if math.isfinite(run.memory.limit_bytes) else 0,
         device=profile.device,
-        estimated=not all(node.measured for node in profile.nodes) or (K > 1 and not graph.link.measured),
+        estimated=not all(node.measured for node in profile.nodes),
         baselines=tuple(_figures(name, graph, run, other) for name, other in others.items()),
     )
 

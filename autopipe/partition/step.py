@@ -1,4 +1,9 @@
-"""The search for the shortest step: splits collected at several loads, moved by descent, ranked by the simulator."""
+"""The search for the shortest step: splits from several DPs, moved by descent, ranked by the simulator.
+
+The least largest load is not the shortest step where micro-batches are few: the first and last stages then count more than
+those between. So the splits with the least load are only starts. From each come splits with less traffic at a slightly larger
+load (Alpa's sweep over t_max, OSDI 2022), and the split with the least critical path H of the same order (steps_dp.py).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,24 @@ from itertools import pairwise
 
 import numpy as np
 
-from autopipe.cost import IntArray
+from autopipe.cost import IntArray, stage_costs
 from autopipe.partition.bottleneck import Problem, Solution
 from autopipe.partition.chain import least_traffic, stage_blocks
 from autopipe.partition.effort import Effort
+from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
 from autopipe.partition.memory import stage_memory
-from autopipe.partition.timing import step_us
+from autopipe.partition.steps_dp import least_step_cuts
+from autopipe.partition.timing import ranked_step_us
 
 SLACKS = (0.002, 0.01, 0.03, 0.1, 0.3)
 """How much slower than the fastest stage found the slowest may be, in exchange for less traffic."""
-SIMULATION_S = 3e-6
-"""Seconds that the simulator takes for each action, and `ASSIGNMENT_S` for costing an assignment."""
-ASSIGNMENT_S = 3e-4
+LARGE, LARGE_GRID = 1200, 400
+"""Nodes from which the DPs run on a grid, and its size."""
+STARTS_MOVED = 3
+"""Splits from which descent starts."""
+ACTION_S, ASSIGNMENT_S, NODE_S = 1e-6, 4e-4, 4e-7
+"""Seconds that the simulator takes for an action, and that costing an assignment takes, and for each node of it."""
 
 
 class Clock:
@@ -39,46 +49,87 @@ class Clock:
     def _simulate(self, stage_of: IntArray) -> float:
         problem, memory = self.problem, self.problem.memory
         actions = 2 * problem.num_stages * memory.num_microbatches
-        self.effort.spend(seconds=ASSIGNMENT_S + SIMULATION_S * actions)
+        self.effort.spend(seconds=ASSIGNMENT_S + ACTION_S * actions + NODE_S * problem.graph.num_nodes)
         if np.isfinite(memory.limit_bytes):
             peak = stage_memory(problem.graph, memory, stage_of, problem.num_stages).peak_bytes
             if peak.max() > memory.limit_bytes:
                 return np.inf
-        return step_us(problem.graph, stage_of, problem.num_stages, memory.num_microbatches, memory.schedule)
+        costs = stage_costs(problem.graph, stage_of, problem.num_stages)
+        return ranked_step_us(costs, memory.num_microbatches, memory.schedule)
 
 
 def shortest_step(problem: Problem, starts: Iterable[Solution], effort: Effort) -> IntArray:
-    """The assignment with the shortest simulated step: the starts, their cheaper neighbours, and descent from the best."""
+    """The assignment with the shortest simulated step: the starts, their neighbours, and descent from the best of them."""
     clock = Clock(problem, effort)
-    solutions = [s for start in starts for s in (start, *_with_less_traffic(problem, start, effort))]
-    solutions = list({s.stage_of.tobytes(): s for s in solutions}.values())
-    solutions.sort(key=lambda s: clock.step_us(s.stage_of))
-    best = solutions[0].stage_of
-    for solution in solutions[:2]:
-        moved = descend(problem, clock, solution, effort)
-        best = min(best, moved, key=clock.step_us)
+    unique = list({s.stage_of.tobytes(): s for s in starts}.values())
+    unique.sort(key=lambda s: clock.step_us(s.stage_of))
+    found = list(unique)
+    for start in unique:
+        if effort.spent:
+            break
+        found += _neighbours(problem, clock, start, effort)
+    found.sort(key=lambda s: clock.step_us(s.stage_of))
+    best = found[0].stage_of
+    for solution in _distinct(found)[:STARTS_MOVED]:
+        best = min(best, descend(problem, clock, solution, effort), key=clock.step_us)
     return best
 
 
-def _with_less_traffic(problem: Problem, start: Solution, effort: Effort) -> list[Solution]:
-    """Splits of the same order whose slowest stage is a little slower, with the least traffic at that load."""
-    if np.isinf(start.load_us):
-        return []
-    costs = IntervalCosts(problem.graph, start.order, problem.memory)
+def _distinct(solutions: list[Solution]) -> list[Solution]:
+    """Solutions with different assignments, in the same order."""
+    return list({s.stage_of.tobytes(): s for s in reversed(solutions)}.values())[::-1]
+
+
+def _neighbours(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> list[Solution]:
+    """Splits of the same order with less traffic, and with the least critical path."""
+    graph, positions = problem.graph, None
+    if graph.num_nodes >= LARGE:
+        cuts = np.cumsum(np.bincount(start.stage_of, minlength=problem.num_stages))[:-1]
+        positions = grid(graph, start.order, max(LARGE_GRID, 8 * problem.num_stages), around=cuts)
+    costs = IntervalCosts(graph, start.order, problem.memory, positions)
+    found = [] if np.isinf(start.load_us) else _with_less_traffic(problem, costs, start, effort)
+    return found + _with_shorter_path(problem, clock, costs, start, effort)
+
+
+def _with_less_traffic(problem: Problem, costs: IntervalCosts, start: Solution, effort: Effort) -> list[Solution]:
+    """Splits whose slowest stage is a little slower, with the least traffic at that load."""
     blocks = stage_blocks(costs, problem.num_stages, start.load_us * (1 + SLACKS[-1]), effort)
     found = []
     for slack in SLACKS:
         split = None if blocks is None else least_traffic(costs, blocks, start.load_us * (1 + slack))
+        effort.spend(cells=sum(block.load_us.size for block in blocks or []))
         if split is not None:
             stage_of = costs.stages(split.cuts)
             found.append(Solution(load_us=split.load_us, stage_of=stage_of, order=start.order))
     return found
 
 
+def _with_shorter_path(
+    problem: Problem, clock: Clock, costs: IntervalCosts, start: Solution, effort: Effort
+) -> list[Solution]:
+    """Splits with the least H, the estimate of the round trip taken from the split before, while the step gets shorter."""
+    K, M = problem.num_stages, problem.memory.num_microbatches
+    found: list[Solution] = []
+    stage_of, step = start.stage_of, clock.step_us(start.stage_of)
+    for _ in range(3):
+        if not np.isfinite(step) or effort.spent:
+            break
+        stages = stage_costs(problem.graph, stage_of, K)
+        links = sum(there + (back or 0.0) for there, back in stages.links().values())
+        cuts = least_step_cuts(costs, K, M, step * 1.05, float(stages.load_us.sum()) + links, effort)
+        if cuts is None:
+            break
+        stage_of = costs.stages(cuts)
+        found.append(Solution(load_us=np.inf, stage_of=stage_of, order=start.order))
+        if clock.step_us(stage_of) >= step * (1 - 1e-9):
+            break
+        step = clock.step_us(stage_of)
+    return found
+
+
 def descend(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> IntArray:
     """Moves one cut of the order at a time, by ever smaller distances, while the simulated step gets shorter."""
     K, n = problem.num_stages, problem.graph.num_nodes
-    order = start.order
     bounds = [0, *np.cumsum(np.bincount(start.stage_of, minlength=K)).tolist()]
     stage_of = start.stage_of
     distance = max(n // 8, 1)
@@ -90,7 +141,7 @@ def descend(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> 
                 if not all(i < j for i, j in pairwise(trial)):
                     continue
                 candidate = np.empty(n, np.int64)
-                candidate[order] = np.repeat(np.arange(K), np.diff(trial))
+                candidate[start.order] = np.repeat(np.arange(K), np.diff(trial))
                 if clock.step_us(candidate) < clock.step_us(stage_of) * (1 - 1e-9):
                     bounds, stage_of, moved = trial, candidate, True
         if not moved:
