@@ -64,6 +64,6 @@ def add_seeds(graph: fx.Graph) -> bool:
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """The user's random state is as it was when the context ends."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

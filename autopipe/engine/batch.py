@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from autopipe.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One micro-batch: how the model is called with it, its target, and its number of samples."""
+    """One micro-batch: how the model is called with it, its target, and its number of samples.
+
+    `signature` identifies what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     target: Any
     num_samples: int
+    signature: str
 
     def tensors(self, with_target: bool) -> list[Tensor]:
         """The tensors in the order in which a captured graph takes them."""
@@ -34,16 +39,16 @@ class MicroBatch:
             return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs, target = pytree.tree_map(empty, (self.args, dict(self.kwargs), self.target))
-        return MicroBatch(args=args, kwargs=kwargs, target=target, num_samples=self.num_samples)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, target=target)
 
-    def signature(self) -> str:
-        """Identifies what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors."""
-        leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.target))
-        described = [
-            (tuple(v.shape), str(v.dtype), v.requires_grad) if isinstance(v, Tensor) else (type(v).__name__, repr(v))
-            for v in leaves
-        ]
-        return f"{spec}|{described}"
+
+def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> str:
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs), target))
+    described = [
+        (tuple(v.shape), str(v.dtype), v.requires_grad) if isinstance(v, Tensor) else (type(v).__name__, repr(v))
+        for v in leaves
+    ]
+    return f"{spec}|{described}"
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
@@ -84,11 +89,23 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_mic
         else [leaf] * count
         for leaf in leaves
     ]
-    result = []
+    result: list[MicroBatch] = []
+    signatures: dict[int, str] = {}  # micro-batches of one size have one signature
     for i in range(count):
-        part_args, part_kwargs, part_target = pytree.tree_unflatten([piece[i] for piece in pieces], spec)
+        part = pytree.tree_unflatten([piece[i] for piece in pieces], spec)
         num_samples = size // count + (1 if i < size % count else 0)
-        result.append(MicroBatch(args=part_args, kwargs=part_kwargs, target=part_target, num_samples=num_samples))
+        if num_samples not in signatures:
+            signatures[num_samples] = _signature(*part)
+        part_args, part_kwargs, part_target = part
+        result.append(
+            MicroBatch(
+                args=part_args,
+                kwargs=part_kwargs,
+                target=part_target,
+                num_samples=num_samples,
+                signature=signatures[num_samples],
+            )
+        )
     return result
 
 

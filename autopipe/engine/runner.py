@@ -80,6 +80,7 @@ class Runner:
         )
         self._plan, self._owned, self._tie_groups, self._flags, self.seed = plan, owned, tuple(tie_groups), flags, seed
         self._modes = precision_context(config, context.device)
+        self._parameters = list(model.parameters())
         self._random = RandomSource()
         self._failure = FailureBoard(context)
         self._programs: dict[str, Program] = {}
@@ -103,8 +104,8 @@ class Runner:
         return program
 
     def _key(self, kind: Kind, training: bool, microbatch: MicroBatch) -> str:
-        frozen = zlib.crc32(bytes(p.requires_grad for p in self._model.parameters()))
-        return f"{kind}|{training}|{frozen}|{microbatch.signature()}"
+        frozen = zlib.crc32(bytes(p.requires_grad for p in self._parameters))
+        return f"{kind}|{training}|{frozen}|{microbatch.signature}"
 
     def _ensure(self, kind: Kind, training: bool, microbatches: Sequence[MicroBatch]) -> None:
         """Captures what is needed and not there yet, in the same order on every rank. Collective where anything is new."""
@@ -234,7 +235,7 @@ class Runner:
         group = self._layout.pipeline_control
         if group is None:
             return
-        digest = zlib.crc32("|".join([kind, str(training), *(m.signature() for m in share.microbatches)]).encode())
+        digest = zlib.crc32("|".join([kind, str(training), *(m.signature for m in share.microbatches)]).encode())
         bounds = torch.tensor([digest, -digest])
         try:
             self._transport.all_reduce(bounds, dist.ReduceOp.MAX, group)
@@ -246,7 +247,7 @@ class Runner:
         mine = (
             kind,
             [m.num_samples for m in share.microbatches],
-            share.microbatches[0].signature() if share.microbatches else "",
+            share.microbatches[0].signature if share.microbatches else "",
         )
         dist.all_gather_object(calls, mine, group=group)
         first = self._layout.rank_of(0)

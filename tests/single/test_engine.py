@@ -139,3 +139,14 @@ def test_a_batch_is_split_along_its_first_dimension_only_where_that_is_the_batch
 def test_wrong_settings_are_named(setting: str, value: object) -> None:
     with pytest.raises(autopipe.ConfigError, match=rf"{setting}.*remedy"):
         autopipe.pipeline(nn.Linear(4, 4), loss_fn=F.mse_loss, **{setting: value})
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_compiled_stages_give_the_plain_gradients() -> None:
+    model, x, target = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(4, 4), torch.randn(4, 4)
+    plain = copy.deepcopy(model)
+    engine = autopipe.pipeline(model, loss_fn=F.mse_loss, num_stages=2, num_microbatches=2, compile=True)
+    engine.train_batch(x, target=target)
+    F.mse_loss(plain(x), target).backward()
+    for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), n
