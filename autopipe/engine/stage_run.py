@@ -158,7 +158,9 @@ class StageRun:
     def send_forward(self, action: Action) -> None:
         """Starts sending the activations that one later stage reads."""
         m = action.microbatch
-        tensors = self._outgoing.pop((m, action.peer))
+        tensors = self._outgoing.pop(
+            (m, action.peer), []
+        )  # none where only other micro-batches of the step use this edge
         message = self.step.programs[m].forward_message(self.stage, action.peer)
         handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message)
         self._sending.setdefault(m, []).append((action.peer, handle))
