@@ -158,7 +158,7 @@ def _descend_with_kicks(problem: Problem, start: Solution, random: Random, effor
     current = best = improve(problem, start, random, effort, goal_us, STALL)
     idle = 0
     while idle < KICKS and not effort.spent and best.load_us > goal_us:
-        kicked = _kick(problem, current, random, effort)
+        kicked = kick(problem, current, random, effort)
         found = improve(problem, kicked, random, effort, goal_us, STALL)
         idle += 1
         if found.load_us <= current.load_us * ACCEPTED:
@@ -168,7 +168,7 @@ def _descend_with_kicks(problem: Problem, start: Solution, random: Random, effor
     return best
 
 
-def _kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -> Solution:
+def kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -> Solution:
     """Two steps of re-linearisation under noised times and tensor sizes."""
     graph, rng = problem.graph, np.random.default_rng(random.randrange(2**32))
     node, tensor = (np.exp(NOISE * rng.standard_normal(size)) for size in (graph.num_nodes, len(graph.producer)))

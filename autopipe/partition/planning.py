@@ -124,7 +124,7 @@ def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[In
     if bottleneck:
         return best.solution.stage_of[small.index], best.bound_us
     slower = [s for other in _with_dearer_transfers(small.problem) for s in first_splits(other, effort)[:2]]
-    found = shortest_step(small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], effort)
+    found = shortest_step(small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], random, effort)
     return found[small.index], best.bound_us
 
 

@@ -7,18 +7,22 @@ load (Alpa's sweep over t_max, OSDI 2022), and the split with the least critical
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 
 from autopipe.cost import IntArray, stage_costs
-from autopipe.partition.bottleneck import Problem, Solution
+from autopipe.partition.bottleneck import Problem, Solution, kick
 from autopipe.partition.chain import least_traffic, stage_blocks
 from autopipe.partition.effort import Effort
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
 from autopipe.partition.memory import stage_memory
+from autopipe.partition.moves import polish
+from autopipe.partition.orders import depth_first, relinearise
 from autopipe.partition.steps_dp import least_step_cuts
 from autopipe.partition.timing import ranked_step_us
 
@@ -26,8 +30,10 @@ SLACKS = (0.002, 0.01, 0.03, 0.1, 0.3)
 """How much slower than the fastest stage found the slowest may be, in exchange for less traffic."""
 LARGE, LARGE_GRID = 1200, 400
 """Nodes from which the DPs run on a grid, and its size."""
-STARTS_MOVED = 3
-"""Splits from which descent starts."""
+STARTS_MOVED, STALL = 8, 24
+"""Splits from which descent starts, and orders in a row without a shorter step after which the search ends."""
+TINY = 32
+"""Nodes up to which random starts are worth their time."""
 ACTION_S, ASSIGNMENT_S, NODE_S = 1e-6, 4e-4, 4e-7
 """Seconds that the simulator takes for an action, and that costing an assignment takes, and for each node of it."""
 
@@ -58,7 +64,7 @@ class Clock:
         return ranked_step_us(costs, memory.num_microbatches, memory.schedule)
 
 
-def shortest_step(problem: Problem, starts: Iterable[Solution], effort: Effort) -> IntArray:
+def shortest_step(problem: Problem, starts: Iterable[Solution], random: Random, effort: Effort) -> IntArray:
     """The assignment with the shortest simulated step: the starts, their neighbours, and descent from the best of them."""
     clock = Clock(problem, effort)
     unique = list({s.stage_of.tobytes(): s for s in starts}.values())
@@ -71,8 +77,45 @@ def shortest_step(problem: Problem, starts: Iterable[Solution], effort: Effort) 
     found.sort(key=lambda s: clock.step_us(s.stage_of))
     best = found[0].stage_of
     for solution in _distinct(found)[:STARTS_MOVED]:
-        best = min(best, descend(problem, clock, solution, effort), key=clock.step_us)
+        best = min(best, _moved(problem, clock, solution, effort), key=clock.step_us)
+    return _relinearised(problem, clock, best, random, effort)
+
+
+def _moved(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> IntArray:
+    stage_of = descend(problem, clock, start, effort)
+    return polish(problem.graph, stage_of, problem.num_stages, clock.step_us, effort)
+
+
+def _relinearised(problem: Problem, clock: Clock, best: IntArray, random: Random, effort: Effort) -> IntArray:
+    """The same from other orders of the best stages, kicked every other time, until `STALL` in a row bring nothing."""
+    idle = 0
+    while idle < STALL and not effort.spent:
+        order = relinearise(problem.graph, best, random, idle)
+        start = Solution(load_us=np.inf, stage_of=best, order=order)
+        near = kick(problem, start, random, effort) if idle % 2 else start
+        if idle % 3 == 2 and problem.graph.num_nodes <= TINY:
+            near = _anywhere(problem, random)
+        found = min(
+            [near, *_neighbours(problem, clock, dataclasses.replace(near, load_us=np.inf), effort)],
+            key=lambda s: clock.step_us(s.stage_of),
+        )
+        moved = min(
+            (_moved(problem, clock, s, effort) for s in {id(s): s for s in (near, found)}.values()), key=clock.step_us
+        )
+        idle += 1
+        if clock.step_us(moved) < clock.step_us(best) * (1 - 1e-6):
+            best, idle = moved, 0
     return best
+
+
+def _anywhere(problem: Problem, random: Random) -> Solution:
+    """Random cuts of a random order."""
+    graph, n, K = problem.graph, problem.graph.num_nodes, problem.num_stages
+    order = np.array(depth_first(graph.successors, graph.predecessors, random=random), np.int64)
+    bounds = [0, *sorted(random.sample(range(1, n), K - 1)), n]
+    stage_of = np.empty(n, np.int64)
+    stage_of[order] = np.repeat(np.arange(K), np.diff(bounds))
+    return Solution(load_us=np.inf, stage_of=stage_of, order=order)
 
 
 def _distinct(solutions: list[Solution]) -> list[Solution]:

@@ -72,7 +72,7 @@ def test_a_profile_with_the_required_fields_alone_can_be_planned() -> None:
         "schema": "autopipe.profile/1",
         "nodes": [{"name": f"n{i}", "inputs": [f"n{i - 1}"] if i else [], **node} for i in range(6)],
     }
-    plan = partition(Profile.from_json(data), num_stages=3)
+    plan = partition(Profile.from_json(data), num_stages=3, objective="bottleneck")
     assert [len(s.nodes) for s in plan.stages] == [2, 2, 2]
     assert not plan.link.measured
     assert not plan.estimated  # the times in it are taken as measured; the link has its own label
