@@ -50,7 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for kind in options.lists:
-        for module in {"transformers": ["transformers"], "hard": []}.get(kind, [kind]) + [
+        for module in [
+            *{"transformers": ["transformers"], "hard": []}.get(kind, [kind]),
             "autopipe",
             "torch.distributed.pipelining",
         ]:
