@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from autopipe.plan import Plan
 from autopipe.report import plan_report, profile_report, timeline_report
 from autopipe.simulate import simulate
 
+DONE, FAULT, WRONG_CALL = 0, 1, 2
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md", ".html": "html"}
 TIMELINE_SUFFIXES = {**SUFFIXES, ".json": "trace", ".svg": "svg"}
 
@@ -58,6 +60,23 @@ def simulate_command(options: argparse.Namespace) -> None:
     _write(options, timeline_report(timeline, _format(options, TIMELINE_SUFFIXES), title=title))
 
 
+def verify_command(options: argparse.Namespace) -> int:
+    """`autopipe verify MODEL --num-stages K`: a pipeline of local processes beside the plain model; 1 where they differ."""
+    from autopipe.cli.models import load_parts
+    from autopipe.verify import verification_report, verify
+
+    found = verify(
+        functools.partial(load_parts, options.model),
+        num_stages=options.num_stages,
+        num_microbatches=options.num_microbatches or 2 * options.num_stages,
+        schedule=options.schedule,
+        tolerance=options.tolerance,
+        timeout_s=options.timeout_s,
+    )
+    _write(options, verification_report(found, _format(options, SUFFIXES)))
+    return DONE if found.equal else FAULT
+
+
 def env_command(options: argparse.Namespace) -> None:
     """`autopipe env`: versions, devices, backends and cores."""
     from autopipe.cli.environment import environment_report
@@ -65,11 +84,12 @@ def env_command(options: argparse.Namespace) -> None:
     _write(options, environment_report(_format(options, SUFFIXES)))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "profile": profile_command,
     "plan": plan_command,
     "report": report_command,
     "simulate": simulate_command,
+    "verify": verify_command,
     "env": env_command,
 }
 

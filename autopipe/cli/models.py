@@ -47,6 +47,12 @@ def load_example(name: str) -> Example:
     return _checked(factory, name)
 
 
+def load_parts(name: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
+    """As `load_example`, in one tuple: model, args, kwargs."""
+    example = load_example(name)
+    return example.model, example.args, example.kwargs
+
+
 def _from_file(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
     if spec is None or spec.loader is None:

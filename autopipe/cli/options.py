@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         TIMELINE_FORMATS,
         "write to FILE; .svg, .html, .csv and .md choose the format, .json a trace for Perfetto",
     )
+    verify = commands.add_parser(
+        "verify", help="run a step as a pipeline of local processes and compare it with the plain model"
+    )
+    _model(verify, required=True)
+    _verification(verify)
+    _output(verify, FORMATS, "write the comparison to FILE; its suffix chooses the format where none is given")
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     _output(env, ("table", "json"), "write to FILE")
     return top
@@ -87,6 +93,23 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
     add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
     add("--time-budget-s", type=_number, metavar="S", help="seconds of search for the best plan")
+
+
+def _verification(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--num-stages",
+        type=_count,
+        metavar="K",
+        required=True,
+        help="stages, one gloo process of this machine for each",
+    )
+    add("--num-microbatches", type=_count, metavar="M", help="micro-batches of the batch (default: 2 for each stage)")
+    add("--schedule", choices=SCHEDULES, default="1f1b", help="order of forwards and backwards (default: 1f1b)")
+    add(
+        "--tolerance", type=_number, metavar="ERROR", help="relative error that counts as equal (default: 1e-5 in fp32)"
+    )
+    add("--timeout-s", type=_positive, metavar="S", default=300.0, help="seconds for the processes (default: 300)")
 
 
 def _output(command: argparse.ArgumentParser, formats: tuple[str, ...], help: str) -> None:

@@ -27,6 +27,8 @@ ORDER = [
     "autopipe.engine",
     "autopipe.api",
     "autopipe",
+    "autopipe.verify",
+    "autopipe.export",
     "autopipe.cli",
 ]
 WITHOUT_TORCH = [

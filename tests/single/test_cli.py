@@ -70,6 +70,7 @@ FROZEN = {
     "profile": [*COMMON, "--device", "--num-microbatches"],
     "report": [*COMMON, *PLANNING, "--plan"],
     "simulate": [*COMMON, *PLANNING, "--plan"],
+    "verify": [*COMMON, "--num-microbatches", "--num-stages", "--schedule", "--timeout-s", "--tolerance"],
 }
 
 
@@ -216,11 +217,11 @@ def test_wrong_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, 2, "expected a factory", "profile", f"{model}:value")
     fails(capsys, 2, "returns (int, int)", "profile", f"{model}:no_model")
     fails(capsys, 2, "a batch of size 0", "profile", f"{model}:empty")
-    fails(capsys, 1, "RuntimeError: no weights here", "profile", f"{model}:broken")
+    fails(capsys, 2, "RuntimeError: no weights here", "profile", f"{model}:broken")
 
 
 def test_debug_shows_the_traceback(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", f"{model}:broken", "--debug"]) == 1
+    assert main(["profile", f"{model}:broken", "--debug"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "small_model.py" in err
