@@ -49,7 +49,7 @@ def _two_by_two(name: str, zero_stage: int, num_steps: int, batch: int) -> dict[
     output = engine.predict(*args, **kwargs)
     rows = (output if isinstance(output, Tensor) else output["logits"]).shape[0]
     engine.close()
-    return {"loss": loss_error, "parameters": max(trained.values()), "share": held / total, "rows": rows}
+    return {"loss": loss_error, "parameters": max(trained.values()), "held": held, "total": total, "rows": rows}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
@@ -61,7 +61,7 @@ def test_two_replicas_of_two_stages_equal_the_plain_model_on_the_whole_batch(nam
         assert result["parameters"] <= 1e-5
         assert result["rows"] == BATCH
     for first, second in zip(results[:2], results[2:], strict=True):
-        assert first["share"] + second["share"] == pytest.approx(1.0 if zero_stage else 2.0)
+        assert first["held"] + second["held"] == first["total"] * (1 if zero_stage else 2)
 
 
 def test_a_batch_smaller_than_the_replicas_want() -> None:
