@@ -21,6 +21,7 @@ from typing import Any
 from tabulate import tabulate
 
 from autopipe.partition import partition
+from autopipe.partition.baselines import EQUAL_TIME, PIPEDREAM
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, NodeProfile, Profile
 
@@ -84,10 +85,16 @@ def steps(workloads: Path, stages: list[int], budget_s: float) -> Iterator[Row]:
                     "stages": num_stages,
                     "micro-batches": per_stage * num_stages,
                     "step over least load's": plan.step_us / least.step_us,
-                    "step over equal time's": plan.step_us / plan.baselines[-1].step_us,
+                    "step over equal time's": plan.step_us / baseline_us(plan, EQUAL_TIME),
+                    "step over PipeDream's": plan.step_us / baseline_us(plan, PIPEDREAM),
                     "gap": plan.step_us / plan.lower_bound_us - 1,
                     "cpu s": seconds,
                 }
+
+
+def baseline_us(plan: Plan, name: str) -> float:
+    """The simulated step of one of a plan's baselines."""
+    return next(baseline.step_us for baseline in plan.baselines if baseline.name == name)
 
 
 def large(budget_s: float) -> Iterator[Row]:

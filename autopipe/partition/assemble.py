@@ -83,6 +83,7 @@ def _usual(graph: CostGraph, num_stages: int) -> dict[str, IntArray]:
         baselines.EQUAL_NODES: baselines.equal_nodes(graph, num_stages),
         baselines.EQUAL_PARAMETERS: baselines.equal_parameters(graph, num_stages),
         baselines.EQUAL_TIME: baselines.equal_time(graph, num_stages),
+        baselines.PIPEDREAM: baselines.pipedream(graph, num_stages),
     }
 
 

@@ -9,6 +9,8 @@ from autopipe.cost import CostGraph, FloatArray, IntArray, sum_by
 EQUAL_NODES = "equal node counts"
 EQUAL_PARAMETERS = "equal parameters (DeepSpeed)"
 EQUAL_TIME = "equal time without communication (torchgpipe)"
+PIPEDREAM = "PipeDream's DP"
+PIPEDREAM_POSITIONS = 1500
 
 
 def equal_nodes(graph: CostGraph, num_stages: int) -> IntArray:
@@ -26,6 +28,31 @@ def equal_parameters(graph: CostGraph, num_stages: int) -> IntArray:
 def equal_time(graph: CostGraph, num_stages: int) -> IntArray:
     """The slowest stage computes as little as possible, transfers left out (torchgpipe's `balance_by_time`)."""
     return balanced(graph.work_us, num_stages)
+
+
+def pipedream(graph: CostGraph, num_stages: int) -> IntArray:
+    """PipeDream's partition of a line of layers (Narayanan et al., SOSP 2019, section 3.1, without replication).
+
+        A(j, k) = min over i < j of max(A(i, k - 1), 2 a_i / B, T(i + 1 .. j))
+
+    a_i is the output of layer i alone: what skips past it is not seen. A transfer is a stage of its own, never added to compute.
+    """
+    n, K = graph.num_nodes, num_stages
+    cuts = np.unique(np.linspace(0, n, min(n, max(PIPEDREAM_POSITIONS, K)) + 1).round().astype(np.int64))
+    work = np.concatenate([[0.0], np.cumsum(graph.work_us)])[cuts]
+    sent = np.concatenate([[0.0], sum_by(graph.producer, graph.tensor_bytes + graph.gradient_bytes, n)])[cuts]
+    compute = np.where(np.arange(len(cuts))[:, None] < np.arange(len(cuts)), work[None, :] - work[:, None], np.inf)
+    least, arrows = np.where(cuts == 0, 0.0, np.inf), []
+    for _ in range(K):
+        through = np.maximum(np.maximum(least, sent / graph.link.bytes_per_us)[:, None], compute)
+        best = through.argmin(axis=0)
+        least = through[best, np.arange(len(cuts))]
+        arrows.append(best)
+    at, bounds = len(cuts) - 1, [n]
+    for best in reversed(arrows):
+        at = int(best[at])
+        bounds.append(int(cuts[at]))
+    return np.repeat(np.arange(K), np.diff(bounds[::-1])).astype(np.int64)
 
 
 def balanced(weights: FloatArray, num_stages: int) -> IntArray:

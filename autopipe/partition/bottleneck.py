@@ -115,7 +115,7 @@ def improve(problem: Problem, best: Solution, random: Random, effort: Effort, go
     idle = turn = 0
     while idle < stall and not effort.spent and best.load_us > goal_us:
         order = relinearise(graph, best.stage_of, random, turn)
-        effort.spend(cells=60 * graph.num_nodes)
+        effort.spend(cells=40 * graph.num_nodes)
         positions = _fine_grid(problem, order, best.stage_of, BANDS[turn % len(BANDS)])
         turn += 1
         found = split_order(problem, order, best.load_us * (1 + TOLERANCE), effort, positions)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CELL_S = 6e-8
+CELL_S = 4.5e-8
 """Seconds that a cell of a dynamic program's table takes, measured on one core of a 2024 server (docs/planner.md)."""
-STATE_S = 5e-5
+STATE_S = 2.5e-5
 """Seconds that a down-set takes to be found, in a window of few nodes."""
 
 

@@ -29,6 +29,8 @@ FIRST_LIMIT, LAST_LIMIT = 300, 2400
 BANDS = (0.05, 0.15, 0.4)
 """Half widths of the local windows around the cuts, as shares of the mean work of a stage."""
 NOISES = (0.0, 0.3, 1.5)
+SWEEPS = 3
+"""Passes in a row without a better split after which the search ends: the next would take four times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +50,10 @@ def refine(
         merged: the graph is a reduced one; a bound for the whole graph must then allow for stages that are empty in it.
     """
     lattice = Lattice(problem.graph)
-    effort.spend(cells=0.2 * problem.graph.num_nodes**2)
+    effort.spend(cells=0.7 * problem.graph.num_nodes**2)
     sweep = _Sweep(problem, lattice, random, effort, merged)
     limit, turn, idle = FIRST_LIMIT, 0, 0
-    while not effort.spent and best.load_us > goal_us and idle < 5:
+    while not effort.spent and best.load_us > goal_us and idle < SWEEPS:
         mean = lattice.total / problem.num_stages
         band = None if turn % 2 == 0 else BANDS[turn // 2 % len(BANDS)] * mean
         found, bound = sweep.run(best, limit, NOISES[turn % 3], band)
@@ -116,7 +118,7 @@ class _Sweep:
             low, high = max(low, here - band_us), min(high, here + band_us)
         seeds = np.array([current, *self._seeds(positions, low, high, limit // 10)])
         pool = lattice.window(seeds, low, high, limit, noise, self.random, local=local)
-        self.effort.spend(states=len(pool.work) * (1 + len(pool.universe) / 200))
+        self.effort.spend(states=(len(pool.work) + len(seeds)) * (1 + len(pool.universe) / 150))
         return _with(pool, current, lattice)
 
     def _seeds(self, positions: list[IntArray], low: float, high: float, count: int) -> Iterator[BoolArray]:

@@ -12,7 +12,7 @@ from autopipe.cost import IntArray, build_cost_graph, stage_costs
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
-from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time
+from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time, pipedream
 from autopipe.partition.bottleneck import Problem, Solution, first_splits
 from autopipe.partition.bounds import load_bound_us, step_bound_us
 from autopipe.partition.effort import Effort
@@ -143,7 +143,9 @@ def _with_dearer_transfers(problem: Problem) -> list[Problem]:
 def _usual(problem: Problem) -> list[Solution]:
     """The baselines as starts, so that no plan is slower than what a user would do by hand."""
     order = np.arange(problem.graph.num_nodes)
-    splits = (method(problem.graph, problem.num_stages) for method in (equal_nodes, equal_parameters, equal_time))
+    splits = (
+        method(problem.graph, problem.num_stages) for method in (equal_nodes, equal_parameters, equal_time, pipedream)
+    )
     return [Solution(load_us=np.inf, stage_of=stage_of, order=order) for stage_of in splits]
 
 

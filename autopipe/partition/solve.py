@@ -16,7 +16,7 @@ from autopipe.partition.infeasible import least_peak_split, too_little_memory
 from autopipe.partition.lattice import Refined, refine
 from autopipe.partition.reduce import reduced
 
-SMALL = 64
+SMALL = 24
 """Nodes up to which the graph is searched as it is: reduction saves nothing, and may hide a stage of idle nodes."""
 
 
@@ -56,7 +56,7 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     if not starts:
         starts = [_any_that_fits(problem, random, effort)]
     best = improve(problem, starts[0], random, effort, goal, stall=10)
-    found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.25, goal)
+    found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.35, goal)
     if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
         part = effort.share(0.8)
         budget = part.left_s

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from partition_reference import crossings, loads_us, peaks_bytes, random_profile, step_us
 
+from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
+from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time, pipedream
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
 
@@ -176,3 +181,30 @@ def test_a_memory_limit_changes_the_split() -> None:
     capped = partition(uneven, num_stages=2, num_microbatches=2, objective="bottleneck", memory_limit=limit)
     assert max(s.peak_bytes for s in capped.stages) <= limit
     assert capped.bottleneck_us >= free.bottleneck_us
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pipedreams_dp_equals_brute_force_over_its_own_cost(seed: int) -> None:
+    profile = random_profile(seed, 9, chain=True)
+    graph = build_cost_graph(profile, LINK)
+    K, n = 2 + seed % 3, graph.num_nodes
+    sent = np.zeros(n)
+    np.add.at(sent, graph.producer, (graph.tensor_bytes + graph.gradient_bytes) / LINK.bytes_per_us)
+
+    def cost(bounds: tuple[int, ...]) -> float:
+        stages = [graph.work_us[i:j].sum() for i, j in itertools.pairwise(bounds)]
+        return max([*stages, *(sent[i - 1] for i in bounds[1:-1])])
+
+    best = min(cost((0, *cuts, n)) for cuts in itertools.combinations(range(1, n), K - 1))
+    stage_of = pipedream(graph, K)
+    assert cost((0, *np.flatnonzero(np.diff(stage_of)) + 1, n)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("method", [equal_nodes, equal_parameters, equal_time, pipedream])
+def test_every_baseline_fills_every_stage(method: Callable[[CostGraph, int], np.ndarray]) -> None:
+    for seed in range(20):
+        graph = build_cost_graph(random_profile(seed, 12, groups=True), LINK)
+        for num_stages in range(1, graph.num_nodes + 1):
+            stage_of = method(graph, num_stages)
+            assert sorted(set(stage_of.tolist())) == list(range(num_stages))
+            assert (np.diff(stage_of) >= 0).all()
