@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.capture.captured import Captured
 from autopipe.capture.checkpointing import wrap_checkpoints
+from autopipe.capture.compat import is_scripted
 from autopipe.capture.effects import tensors_in
 from autopipe.capture.loss import LOSS_MODULE
 from autopipe.capture.regions import emit_regions
@@ -289,7 +290,7 @@ def _attach(module: nn.Module, target: str, value: Any) -> None:
 def _keep_persistence(module: nn.Module, source: nn.Module) -> None:
     """Buffers outside the model's state dict stay outside."""
     for prefix, owner in module.named_modules():
-        for name in owner._buffers:
+        for name in () if is_scripted(owner) else owner._buffers:
             twin = _fetch(source, prefix) if prefix else source
             if name in twin._non_persistent_buffers_set:
                 owner._non_persistent_buffers_set.add(name)

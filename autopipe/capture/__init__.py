@@ -79,23 +79,49 @@ def _chain(model: nn.Module, call: Call, on_meta: bool) -> Captured:
     try:
         return trace(model, call, compiling=True)
     except TraceFailure:
-        pass
-    kept, last = dict[str, str](), first
-    while last.module and last.module not in kept and len(kept) < _MAX_OPAQUE:
-        kept[last.module] = _reason(last)
-        try:
-            return replace(trace(model, call, opaque=frozenset(kept)), opaque=kept)
-        except TraceFailure as failure:
-            last = failure
+        pass  # the first cause is the one that is told
+    captured = _with_modules_kept(model, call, first)
+    if captured is not None:
+        return captured
     exported = None if isinstance(first.cause, Untraceable) else export_trace(model, call)
     if exported is not None:
         return exported
     if not on_meta:
         try:
             return trace(model, call, guarded=True)
+        except TraceFailure:
+            pass  # the first cause is the one that is told
+    raise _error(model, first) from first.cause
+
+
+def _with_modules_kept(model: nn.Module, call: Call, first: TraceFailure) -> Captured | None:
+    """Keeps the innermost modules whole whose Python reads values; where that is the model itself, guards what it reads of its inputs."""
+    kept, guard_in, last = dict[str, str](), set[str](), first
+    for _ in range(_MAX_OPAQUE):
+        name = _to_keep(model, last.module, kept)
+        if name:
+            kept = {n: why for n, why in kept.items() if not n.startswith(f"{name}.")} | {name: _reason(last)}
+        elif last.module is not None and last.module not in guard_in:
+            guard_in.add(last.module)
+            inner = {last.module, *(last.module[:i] for i, c in enumerate(last.module) if c == ".")} - {""}
+            kept = {n: why for n, why in kept.items() if n not in inner}
+        else:
+            break
+        try:
+            captured = trace(model, call, opaque=frozenset(kept), guard_in=frozenset(guard_in))
         except TraceFailure as failure:
             last = failure
-    raise _error(model, first) from first.cause
+            continue
+        seen = {n.target for n in captured.nodes if n.op == "call_module"}
+        return replace(captured, opaque={n: why for n, why in kept.items() if n in seen})
+    return None
+
+
+def _to_keep(model: nn.Module, name: str | None, kept: Mapping[str, str]) -> str | None:
+    """The innermost module around a failure that is not kept whole yet; None where that is the model itself."""
+    while name and (name in kept or isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict))):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _reason(failure: TraceFailure) -> str:
@@ -110,9 +136,15 @@ def _error(model: nn.Module, failure: TraceFailure) -> CaptureError:
     return CaptureError(
         f"{module} could not be captured: {_reason(failure)}",
         expected="tensor code that can be run on tensors without data",
-        where=_place(failure.cause),
+        where=_place(failure.cause) or _source(model.get_submodule(name)),
         remedy="move the code that reads tensor values into a submodule of its own, which is then kept whole, or write it as tensor code",
     )
+
+
+def _source(module: nn.Module) -> str:
+    """File and line of a module's forward."""
+    code = getattr(type(module).forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 
 def _place(cause: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import groupby
 from typing import Any
 
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from autopipe.capture.regions import emit_regions
+from autopipe.capture.regions import emit_regions, is_region_node
 
 
 class CheckpointRegion(nn.Module):
@@ -25,17 +26,34 @@ class CheckpointRegion(nn.Module):
 def wrap_checkpoints(graph: fx.Graph, root: dict[str, Any]) -> dict[str, Any]:
     """Replaces each run of nodes that share a `meta["checkpoint"]` by one call; returns the modules that these calls name.
 
-    Nodes that write in place outside of the run stay as they are: computing them again would write again.
+    What writes in place is computed again too, as it is by the model: a batch norm in a checkpoint region updates its
+    statistics twice in a training step.
     """
     added: dict[str, Any] = {}
     compute = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     for number, (region, run) in enumerate(groupby(compute, key=lambda n: n.meta.get("checkpoint"))):
         nodes = list(run)
-        if region is None or any(n.meta.get("writes") for n in nodes):
+        if region is None:
             continue
         name = f"_autopipe_checkpoint_{number}"
         added[name] = _extract(graph, nodes, root, name)
     return added
+
+
+def with_checkpoints(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module with its checkpoint regions as such, as stages have them; itself where it has none."""
+    if not any("checkpoint" in n.meta for n in module.graph.nodes):
+        return module
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda n: copies[n]))
+        elif not is_region_node(node):
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    root = {n.target: operator.attrgetter(n.target)(module) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    root |= wrap_checkpoints(graph, root)
+    emit_regions(graph)
+    return fx.GraphModule(root, graph, type(module).__name__)
 
 
 def _extract(graph: fx.Graph, nodes: list[fx.Node], root: dict[str, Any], name: str) -> CheckpointRegion:

@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 
-def swap_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-    """While the context is open, `module` holds `tensors` in place of its parameters and buffers of the same names."""
-    return _reparametrize_module(module, dict(tensors), tie_weights=False)
+@contextlib.contextmanager
+def swap_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While the context is open, `module` holds `tensors` in place of its parameters and buffers of the same names.
+
+    Each holder is changed once and put back as it was, also where a module has several names (torch's own
+    `_reparametrize_module` then leaves the stand-ins in the model).
+    """
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in module.modules() if not is_scripted(m)]
+    done = set[tuple[int, str]]()
+    try:
+        for name, tensor in tensors.items():
+            path, _, field = name.rpartition(".")
+            owner = module.get_submodule(path)
+            if is_scripted(owner) or (id(owner), field) in done:
+                continue
+            done.add((id(owner), field))
+            (owner._parameters if field in owner._parameters else owner._buffers)[field] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, parameters, buffers in before:
+            owner._parameters.clear()
+            owner._parameters.update(parameters)
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether the module is torch.jit's: its parameters live outside of Python and cannot be swapped."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def compiled_original(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` wrapped, None for any other."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import; where it is not, nothing is compiled
+    if dynamo is None or not isinstance(module, dynamo.OptimizedModule):
+        return None
+    original: nn.Module = module._orig_mod
+    return original
+
+
+def eager_stance() -> contextlib.AbstractContextManager[Any]:
+    """While the context is open, what was given to `torch.compile` runs as plain Python."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+    return stance
 
 
 def without_torch_function() -> contextlib.AbstractContextManager[None]:
@@ -27,7 +70,10 @@ def storage_key(tensor: Tensor) -> int | None:
     """Identifies the storage of a tensor while it is alive; None for layouts without one storage (sparse, nested)."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return None
-    return int(tensor.untyped_storage()._cdata)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # a tensor inside of vmap
+        return None
 
 
 def register_dataclass(cls: type) -> None:
@@ -68,6 +114,31 @@ def patched_function_apply(make: Callable[[Callable[..., Any]], Callable[..., An
             del function.apply
         else:
             function.apply = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def patched_vmap(call: Callable[..., Any]) -> Iterator[None]:
+    """Sends every call of a function made by `torch.vmap` to `call(base, function, options, args, kwargs)`."""
+    from torch._functorch import apis
+
+    base = apis.vmap_impl
+
+    def vmap_impl(
+        func: Callable[..., Any],
+        in_dims: Any,
+        out_dims: Any,
+        randomness: Any,
+        chunk_size: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return call(base, func, (in_dims, out_dims, randomness, chunk_size), args, kwargs)
+
+    apis.vmap_impl = vmap_impl
+    try:
+        yield
+    finally:
+        apis.vmap_impl = base
 
 
 @contextlib.contextmanager

@@ -13,25 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.capture.compat import storage_key
+from autopipe.capture.objects import tensors_inside
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """Every tensor in nested containers."""
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    """Every tensor in nested containers, and in objects that hold tensors."""
+    return tensors_inside(values)
 
 
 class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices whether an operator that draws random numbers has run since `drawn` was last cleared."""
+    """Notices whether an operator that draws random numbers, or whose shape depends on values, has run since both were cleared."""
 
     drawn = False
+    shaped_by_values = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.drawn = True
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.shaped_by_values = True
         return func(*args, **(kwargs or {}))
 
 
@@ -45,6 +48,11 @@ class Effects:
         self._alive: list[Tensor] = []
         self._touched: dict[int, list[fx.Node]] = defaultdict(list)
         self._writers: dict[int, list[fx.Node]] = defaultdict(list)
+        self._together: list[list[fx.Node]] = []
+
+    def keep_together(self, nodes: Iterable[fx.Node]) -> None:
+        """These nodes must not be separated, for a reason of their own."""
+        self._together.append(list(nodes))
 
     def before(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
         """The versions of the tensors that a node is about to read."""
@@ -73,13 +81,11 @@ class Effects:
             return n
 
         together = [self._members(key, writers, order) for key, writers in self._writers.items()]
-        together += [
-            [n, *n.users]
-            for n in order
-            if n.op.startswith("call") and isinstance(n.meta.get("val"), (tuple, list, dict))
-        ]
+        together += [[n, *n.users] for n in order if n.op.startswith("call") and _is_compound(n.meta.get("val"))]
+        together += [[n for n in nodes if n in order] for nodes in self._together]
+        together += [_differentiated(n) for n in order if n.target is torch.autograd.grad]
         for members in together:
-            members = [n for n in members if n.op != "output"]
+            members = [n for n in members if n.op not in ("placeholder", "get_attr", "output")]
             for n in members[1:]:
                 a, b = sorted((find(members[0]), find(n)), key=lambda m: order[m])
                 parent[b] = a
@@ -105,6 +111,31 @@ class Effects:
             if not after_through_new_name:
                 members.append(n)
         return [n for n in members if n.op not in ("placeholder", "get_attr", "output")]
+
+
+def _is_compound(value: Any) -> bool:
+    """Whether a node's value is a container or an object of tensors, which does not cross between stages."""
+    return not isinstance(value, Tensor) and bool(tensors_in(value))
+
+
+def _differentiated(node: fx.Node) -> list[fx.Node]:
+    """The nodes between the outputs and inputs of a `torch.autograd.grad` inside forward: a cut would break its graph."""
+    roots: list[fx.Node] = []
+    fx.map_arg(node.args[:1], roots.append)
+    above, waiting = set(roots), list(roots)
+    while waiting:
+        for value in waiting.pop().all_input_nodes:
+            if value not in above:
+                above.add(value)
+                waiting.append(value)
+    below: set[fx.Node] = set()
+    waiting = [n for n in node.all_input_nodes if n not in roots]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in above and user not in below:
+                below.add(user)
+                waiting.append(user)
+    return [*below, *roots, node]
 
 
 def _alias_inputs(node: fx.Node, key: int) -> list[fx.Node]:

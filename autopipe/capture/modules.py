@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from autopipe.capture.compat import patched_checkpoint, patched_function_apply, without_torch_function
+from autopipe.capture.compat import (
+    compiled_original,
+    is_scripted,
+    patched_checkpoint,
+    patched_function_apply,
+    patched_vmap,
+    without_torch_function,
+)
+from autopipe.capture.hooks import call_with_hooks
+from autopipe.capture.objects import holds_state
+from autopipe.capture.opaque import materialise, run_module
 from autopipe.capture.recorder import Recorder, Untraceable
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -59,6 +69,7 @@ class ModuleCalls:
         self._recorder, self._opaque, self._originals, self._fake_mode = recorder, opaque, originals, fake_mode
         self._names = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
         self._next_region = 0
+        self._outer_regions: list[int | None] = []
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -73,6 +84,7 @@ class ModuleCalls:
         try:
             with (
                 patched_function_apply(self._apply),
+                patched_vmap(self._vmap),
                 patched_checkpoint(self._enter_checkpoint, self._leave_checkpoint),
             ):
                 yield
@@ -83,46 +95,62 @@ class ModuleCalls:
         recorder, name = self._recorder, self._names.get(id(module))
         if recorder.inside or name is None:
             return original(module, *args, **kwargs)
+        if (inner := compiled_original(module)) is not None:
+            return self._call(original, inner, args, kwargs)
         previous = recorder.module_stack
         recorder.module_stack = {**previous, name: (name, type(module))}
         try:
-            if name and (name in self._opaque or has_hooks(module) or is_leaf(module)):
+            if name and (name in self._opaque or has_hooks(module) or is_scripted(module)):
                 return self._as_one_node(original, module, name, args, kwargs)
+            if name and is_leaf(module) and self._holds_its_own(module, name):
+                return self._as_one_node(original, module, name, args, kwargs)
+            drawn = _python_random()
             if not name and has_hooks(module):
-                raise Untraceable("a hook on the whole model")
-            return original(module, *args, **kwargs)
+                out = call_with_hooks(recorder, module, args, kwargs, self._fake_mode)
+            else:
+                out = original(module, *args, **kwargs)
+            if drawn != _python_random():
+                raise Untraceable("random numbers drawn by Python or numpy, which a graph would draw only once")
+            return out
         except Exception:
             self.failed = self.failed or name
             raise
         finally:
             recorder.module_stack = previous
 
+    def _holds_its_own(self, module: nn.Module, name: str) -> bool:
+        """Whether the module holds the model's parameters now, and not tensors that were put in their place."""
+        own = [*module.named_parameters(), *module.named_buffers()]
+        return all(
+            self._recorder.is_attribute(t) or n not in self._originals for n, t in ((f"{name}.{n}", t) for n, t in own)
+        )
+
     def _as_one_node(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         def run() -> Any:
             with without_torch_function():
-                if name in self._opaque and self._fake_mode is not None:
-                    return self._run_on_real_tensors(module, name, args, kwargs)
+                if (name in self._opaque or is_scripted(module)) and self._fake_mode is not None:
+                    return self._run_on_real_tensors(original, module, name, args, kwargs)
                 return original(module, *args, **kwargs)
 
         own = [*module.parameters(), *module.buffers()]
-        return self._recorder.record("call_module", name, args, kwargs, run, reads=own)
+        state = random.getstate(), np.random.get_state()
+        try:
+            return self._recorder.record("call_module", name, args, kwargs, run, reads=own)
+        finally:  # what a module that is kept whole draws, it draws again at every run
+            random.setstate(state[0])
+            np.random.set_state(state[1])
 
-    def _run_on_real_tensors(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+    def _run_on_real_tensors(
+        self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any
+    ) -> Any:
         """Runs a module whose Python reads values on made-up inputs of the right shapes, to learn the shape of its output."""
         assert self._fake_mode is not None
         parameters = [n for n, _ in module.named_parameters(remove_duplicate=False)]
         buffers = [n for n, _ in module.named_buffers(remove_duplicate=False)]
         with unset_fake_temporarily():
-            real = {n: _materialise(self._originals[f"{name}.{n}"]) for n in parameters}
-            real |= {n: _materialise(self._originals[f"{name}.{n}"]).clone() for n in buffers}
-        own_grad = any(p.requires_grad for p in module.parameters())
-        return real_like(
-            lambda a, k: torch.func.functional_call(module, real, a, k, tie_weights=False),
-            args,
-            kwargs,
-            self._fake_mode,
-            own_grad,
-        )
+            real = {n: materialise(self._originals[f"{name}.{n}"]) for n in parameters}
+            real |= {n: materialise(self._originals[f"{name}.{n}"]).clone() for n in buffers}
+        return run_module(original, module, real, args, kwargs, self._fake_mode)
 
     def _apply(self, base: Callable[..., Any]) -> Callable[..., Any]:
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -144,50 +172,38 @@ class ModuleCalls:
 
         return apply
 
+    def _vmap(
+        self, base: Callable[..., Any], function: Callable[..., Any], options: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """A function under `torch.vmap` is one node, where it holds no tensors or modules of its own."""
+        if self._recorder.inside or holds_state(function):
+            return base(function, *options, *args, **kwargs)
+
+        def call_vmap(*args: Any, **kwargs: Any) -> Any:
+            return base(function, *options, *args, **kwargs)
+
+        def run() -> Any:
+            with without_torch_function():
+                return call_vmap(*args, **kwargs)
+
+        return self._recorder.record("call_function", call_vmap, args, kwargs, run)
+
     def _enter_checkpoint(self) -> None:
         if not self._recorder.inside:
-            self._recorder.checkpoint_region = self._next_region
-            self._next_region += 1
+            self._outer_regions.append(self._recorder.checkpoint_region)
+            if self._recorder.checkpoint_region is None:  # an inner region is computed again with the outer one
+                self._recorder.checkpoint_region = self._next_region
+                self._next_region += 1
 
     def _leave_checkpoint(self) -> None:
         if not self._recorder.inside:
-            self._recorder.checkpoint_region = None
+            self._recorder.checkpoint_region = self._outer_regions.pop()
 
 
-def real_like(
-    function: Callable[[Any, Any], Any], args: Any, kwargs: Any, fake_mode: FakeTensorMode, own_grad: bool = False
-) -> Any:
-    """The fake twin of what `function(args, kwargs)` gives on real tensors of the same shapes, made up.
-
-    Which path the function takes depends on the values, so its floating-point outputs count as differentiable wherever an
-    input is, or where `own_grad` says that it has trained parameters of its own.
-    """
-    grad = torch.is_grad_enabled() and (
-        own_grad or any(t.requires_grad for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    )
-    with unset_fake_temporarily():
-        out = function(*pytree.tree_map_only(Tensor, _materialise, (args, kwargs)))
-
-    def fake(t: Tensor) -> Tensor:
-        differentiable = grad and (t.is_floating_point() or t.is_complex())
-        return fake_mode.from_tensor(t.detach().requires_grad_(differentiable), static_shapes=True)
-
-    return pytree.tree_map_only(Tensor, fake, out)
-
-
-def _materialise(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
-        return tensor
-    if tensor.is_floating_point() or tensor.is_complex():
-        value = torch.randn(tensor.shape, dtype=tensor.dtype, device=_real_device(tensor)).requires_grad_(
-            tensor.requires_grad
-        )
-        return value if tensor.is_leaf or not tensor.requires_grad else value.clone()
-    return torch.ones(tensor.shape, dtype=tensor.dtype, device=_real_device(tensor))
-
-
-def _real_device(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+def _python_random() -> tuple[Any, ...]:
+    """The states of the generators of Python and numpy, as far as every draw changes them."""
+    state = np.random.get_state()
+    return random.getstate()[1][-1], random.getstate()[1][0], state[2], int(state[1][0]), state[3]  # type: ignore[index]
 
 
 _APPLIERS: dict[type, Callable[..., Any]] = {}

@@ -6,16 +6,21 @@ import operator
 import sys
 import types
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from autopipe.capture.compat import without_torch_function
 from autopipe.capture.effects import Effects, RandomWatch, tensors_in
+from autopipe.capture.guards import Evaluator, ctc_twin, drawn_at_random, guard, guard_shape
+from autopipe.capture.objects import attributes_of, make_object, make_registered
 from autopipe.capture.regions import RegionReader
 
 # Python-level methods of Tensor; some of them carry a misleading __name__.
@@ -41,7 +46,7 @@ _READS_VALUES = {
     "__contains__",
 }
 _ESCAPES = {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
-_HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+_REFUSED = {"retain_grad", "register_post_accumulate_grad_hook", "backward"}
 
 
 class Untraceable(Exception):
@@ -54,9 +59,15 @@ class Recorder(TorchFunctionMode):
     Args:
         attributes: parameters and buffers as the model sees them while it is recorded, by canonical name.
         guarded: record values that Python reads from tensors as equality guards, instead of refusing them.
+        guard_in: modules in whose own code values that `evaluate` can compute become guards too.
     """
 
-    def __init__(self, attributes: dict[str, Tensor], guarded: bool = False) -> None:
+    def __init__(
+        self,
+        attributes: dict[str, Tensor],
+        guarded: bool = False,
+        guard_in: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Any] = {}
@@ -65,10 +76,15 @@ class Recorder(TorchFunctionMode):
         self.module_stack: dict[str, tuple[str, type]] = {}
         self.checkpoint_region: int | None = None
         self.inside = 0  # depth of calls that are recorded as one node: what they call is not recorded
-        self._guarded = guarded
+        self._guarded, self._guard_in = guarded, guard_in
+        self._evaluate: Evaluator | None = None
         self._names = {id(t): name for name, t in reversed(attributes.items())}
         self._bound: dict[int, tuple[Tensor, fx.Node]] = {}
         self._attributes = attributes
+
+    def evaluate_with(self, evaluate: Evaluator) -> None:
+        """`evaluate`: finds real values; raises `Untraceable` where these need more than the inputs."""
+        self._evaluate = evaluate
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
 
@@ -77,6 +93,10 @@ class Recorder(TorchFunctionMode):
         node = self.graph.placeholder(name)
         node.meta["val"] = tensor
         self._bound[id(tensor)] = (tensor, node)
+
+    def is_attribute(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of the model's parameters or buffers."""
+        return id(tensor) in self._names
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node whose value the tensor is; parameters, buffers and constants get one when they are first read."""
@@ -104,11 +124,26 @@ class Recorder(TorchFunctionMode):
             if hasattr(value, "_fields"):
                 return type(value)(*items)
             return type(value)(items) if type(value) in (list, tuple) else tuple(items)
-        if isinstance(value, dict):
+        if type(value) is dict:
             return {k: self.argument(v) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
-        return value if isinstance(value, _PRINTABLE) else self._object(value)
+        if isinstance(value, np.floating | np.integer | np.bool_) and isinstance(value.item(), (int, float)):
+            value = value.item()  # code spells it without numpy
+        if isinstance(value, _PRINTABLE) and not isinstance(value, Enum):
+            return value
+        return self._compound(value) if tensors_in(value) else self._object(value)
+
+    def _compound(self, value: Any) -> fx.Node:
+        """A node that makes an object with tensors again, from the tensors' nodes."""
+        leaves, spec = pytree.tree_flatten(value)
+        if len(leaves) == 1 and leaves[0] is value:
+            target, args = make_object, (self._object(type(value)), self.argument(dict(attributes_of(value) or {})))
+        else:
+            target, args = make_registered, (self.argument(leaves), self._object(spec))  # type: ignore[assignment]
+        node = self.graph.call_function(target, args)
+        self._describe(node, value)
+        return node
 
     def _object(self, value: Any) -> fx.Node:
         """A node for an argument that code cannot spell: it becomes an attribute of the graph module."""
@@ -123,11 +158,14 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         inputs = tensors_in(args, kwargs) + (reads or [])
         seen = self.effects.before(inputs)
-        self.random.drawn = False
+        self.random.drawn = self.random.shaped_by_values = False
         self.inside += 1
         try:
             with self.random:
                 out = run()
+        except DynamicOutputShapeException:
+            out = ctc_twin(args, kwargs) if target is F.ctc_loss else None
+            out = self._evaluated(op, target, node_args, node_kwargs) if out is None else out
         finally:
             self.inside -= 1
         if op != "call_module" and self._is_noop(out, seen):
@@ -139,7 +177,19 @@ class Recorder(TorchFunctionMode):
         if self.random.drawn:
             node.meta["random"] = True
         self._bind(out, node)
+        if self.random.shaped_by_values and op != "call_module" and isinstance(out, Tensor):
+            self._guard_node(guard_shape, (node, tuple(out.shape)))
         return out
+
+    def _evaluated(self, op: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The fake twin of a value whose shape depends on values, where these follow from the model's inputs."""
+        if self._evaluate is None or not self._may_guard():
+            raise Untraceable(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
+        self.random.shaped_by_values = True
+        return self._evaluate.fake_twin(op, target, args, kwargs)
+
+    def _may_guard(self) -> bool:
+        return next(reversed(self.module_stack), "") in self._guard_in
 
     def _is_noop(self, out: Any, seen: list[tuple[Tensor, int]]) -> bool:
         """A call such as `x.contiguous()` that returned its own unchanged argument."""
@@ -162,10 +212,13 @@ class Recorder(TorchFunctionMode):
         elif isinstance(out, dict):
             for key, item in out.items():
                 self._bind_item(item, node, key)
+        elif attributes := attributes_of(out):
+            for key, item in attributes.items():
+                self._bind_item(item, node, key, getattr)
 
-    def _bind_item(self, item: Any, node: fx.Node, key: Any) -> None:
+    def _bind_item(self, item: Any, node: fx.Node, key: Any, take: Callable[..., Any] = operator.getitem) -> None:
         if tensors_in(item):
-            child = self.graph.call_function(operator.getitem, (node, key))
+            child = self.graph.call_function(take, (node, key))
             self._describe(child, item)
             with without_torch_function():
                 self.effects.after(child, [], item)
@@ -183,11 +236,15 @@ class Recorder(TorchFunctionMode):
         if name == "__set__":
             if func.__self__.__name__ == "data":
                 raise Untraceable("an assignment to .data")
+            if func.__self__.__name__ == "requires_grad":
+                return self._bound_to(Tensor.requires_grad_, "requires_grad_", args, kwargs)
             return func(*args, **kwargs)
         if name in _ESCAPES:
             raise Untraceable(f"Tensor.{name}(), which takes the value out of torch")
-        if name in _HOOKS:
+        if name in _REFUSED:
             raise Untraceable(f"Tensor.{name}() inside forward")
+        if name in ("register_hook", "requires_grad_"):
+            return self._bound_to(func, name, args, kwargs)
         if name in _READS_VALUES and tensors_in(args, kwargs):
             return self._read_value(func, name, args, kwargs)
         if name == "__iter__":
@@ -214,34 +271,57 @@ class Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and id(out) not in self._bound and id(out) not in self._names:
             name = func.__self__.__name__
-            if name == "data":
-                raise Untraceable("a read of .data")
             return self.record("call_function", getattr, (args[0], name), {}, lambda: out)
         return out
 
+    def _bound_to(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A call that changes what the tensor object is to autograd: a hook, or that it requires a gradient. It stays with its maker."""
+        tensor = args[0]
+        if name == "register_hook":
+            if any(tensors_in(cell.cell_contents) for cell in getattr(args[1], "__closure__", None) or ()):
+                raise Untraceable("Tensor.register_hook() inside forward, with a function that holds tensors")
+            if id(tensor) not in self._bound:
+                raise Untraceable(
+                    "Tensor.register_hook() on a parameter inside forward, which adds a hook at every call"
+                )
+        maker = self.node_of(tensor)
+        out = func(*args, **kwargs)
+        node = self.graph.call_method(name, self.argument(tuple(args)), self.argument(dict(kwargs)))
+        self._describe(node, None)
+        node.meta["effect"] = True
+        self.effects.keep_together([maker, node])
+        if name == "requires_grad_":
+            return out
+        out.remove()
+        return _RecordedHandle()
+
     def _read_value(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         if self._guarded:
+            if drawn_at_random(self.node_of(t) for t in tensors_in(args)):
+                raise Untraceable(f"Tensor.{name}(), so that Python reads a value drawn at random")
             value = func(*args, **kwargs)
-            node = self.graph.call_function(
-                guard, (name, value, self.argument(tuple(args)), self.argument(dict(kwargs)))
-            )
-            self._describe(node, None)
-            node.meta["writes"] = True  # keeps it from being removed as dead code
-            return value
-        try:
-            return func(*args, **kwargs)
-        except Exception as cause:
-            raise Untraceable(f"Tensor.{name}(), so that Python reads a value of a tensor") from cause
+        else:
+            try:
+                return func(*args, **kwargs)
+            except Exception as cause:
+                if self._evaluate is None or not self._may_guard():
+                    raise Untraceable(f"Tensor.{name}(), so that Python reads a value of a tensor") from cause
+                value = self._evaluate(name, node_args, node_kwargs)
+        self._guard_node(guard, (name, value, node_args, node_kwargs))
+        return value
+
+    def _guard_node(self, target: Callable[..., Any], args: Any) -> None:
+        node = self.graph.call_function(target, args)
+        self._describe(node, None)
+        node.meta["writes"] = True  # keeps it from being removed as dead code
 
 
-def guard(name: str, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises where a value that steered the model's Python differs from the one seen when it was captured."""
-    got = getattr(Tensor, name)(*args, **kwargs)
-    if got != expected:
-        raise RuntimeError(
-            f"the model was captured while Tensor.{name}() gave {expected!r}, and now it gives {got!r}; remedy: keep the "
-            "code that reads it in one submodule, or make it tensor code such as torch.where"
-        )
+class _RecordedHandle:
+    """Stands for the handle of a hook that was recorded."""
+
+    def remove(self) -> None:
+        raise Untraceable("the removal of a tensor's hook inside forward")
 
 
 def _target(func: Any, name: str) -> tuple[str, Any]:

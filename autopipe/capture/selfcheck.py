@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.captured import Captured
+from autopipe.capture.checkpointing import with_checkpoints
+from autopipe.capture.compat import is_scripted
 from autopipe.capture.loss import LossModule
 from autopipe.capture.trace import Call, flatten_output
 from autopipe.errors import CaptureError
@@ -24,7 +26,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, t
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Puts back buffers and the random states of torch, Python and numpy when the context ends."""
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
-    registered = [(m, dict(m._buffers)) for m in model.modules()]
+    registered = [(m, dict(m._buffers)) for m in model.modules() if not is_scripted(m)]
     states = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
@@ -42,7 +44,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_attributes(model: nn.Module) -> Iterator[None]:
-    before = [(m, dict(m.__dict__)) for m in model.modules()]
+    before = [(m, dict(m.__dict__)) for m in model.modules() if not is_scripted(m)]
     try:
         yield
     finally:
@@ -69,10 +71,20 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
     def run_graph() -> list[Any]:
         given: tuple[Any, ...] = (call.args, dict(call.kwargs)) + ((call.target,) if call.loss_fn is not None else ())
         tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        result: list[Any] = captured.graph_module(*tensors)
+        result: list[Any] = graph_module(*tensors)
         return result
 
-    expected, got = _observe(model, run_model), _observe(model, run_graph)
+    graph_module = with_checkpoints(captured.graph_module)
+    expected = _observe(model, run_model)
+    try:
+        got = _observe(model, run_graph)
+    except Exception as cause:
+        raise CaptureError(
+            f"the captured graph fails where the model runs: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+            expected="a graph that runs on the micro-batch it was captured with",
+            where=type(model).__name__,
+            remedy="keep code whose path depends on values or on random numbers in a submodule of its own",
+        ) from cause
     for name, value in expected.items():
         difference = _difference(got.get(name), value)
         if difference:

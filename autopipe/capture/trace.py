@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.captured import Captured
-from autopipe.capture.compat import compiling_flag, register_dataclass, swap_parameters
+from autopipe.capture.compat import compiling_flag, eager_stance, is_scripted, register_dataclass, swap_parameters
 from autopipe.capture.effects import remove_dead_code
+from autopipe.capture.guards import Evaluator, guard, guard_shape
 from autopipe.capture.loss import LOSS_MODULE, LossFunction, LossModule, find_loss
-from autopipe.capture.modules import ModuleCalls, has_hooks, real_like
-from autopipe.capture.recorder import Recorder, Untraceable, guard
+from autopipe.capture.modules import ModuleCalls, has_hooks
+from autopipe.capture.opaque import real_like
+from autopipe.capture.recorder import Recorder, Untraceable
 from autopipe.capture.regions import emit_regions
 
 
@@ -49,6 +52,7 @@ def trace(
     opaque: frozenset[str] = frozenset(),
     compiling: bool = False,
     guarded: bool = False,
+    guard_in: frozenset[str] = frozenset(),
 ) -> Captured:
     """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not steer it.
 
@@ -56,14 +60,15 @@ def trace(
         opaque: modules to keep whole.
         compiling: let `torch.compiler.is_compiling()` be true meanwhile.
         guarded: run on the real tensors, and record values that Python reads as equality guards.
+        guard_in: modules in whose own code values that follow from the inputs alone become equality guards.
 
     Raises:
         TraceFailure: the model's Python could not be run this way, or its next call would be another graph.
     """
-    captured, state = _record(model, call, {}, opaque=opaque, compiling=compiling, guarded=guarded)
+    captured, state = _record(model, call, {}, opaque=opaque, compiling=compiling, guarded=guarded, guard_in=guard_in)
     state = {key: value for key, value in state.items() if key[0] not in opaque}
     if state:
-        again, _ = _record(model, call, state, opaque=opaque, compiling=compiling, guarded=guarded)
+        again, _ = _record(model, call, state, opaque=opaque, compiling=compiling, guarded=guarded, guard_in=guard_in)
         if again.graph_hash != captured.graph_hash:
             module, attribute = next(iter(state))
             cause = Untraceable(
@@ -81,6 +86,7 @@ def _record(
     opaque: frozenset[str],
     compiling: bool,
     guarded: bool,
+    guard_in: frozenset[str],
 ) -> tuple[Captured, State]:
     """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call changed too.
 
@@ -95,12 +101,16 @@ def _record(
         names[name] = first.setdefault(id(tensor), name)
     stand_ins = {name: _stand_in(fake_mode, originals[name]) for name in set(names.values())}
     swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
-    recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, guarded)
+    real = [t for t in pytree.tree_leaves((call.args, dict(call.kwargs), call.target)) if isinstance(t, Tensor)]
+    recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, guarded, guard_in)
     calls = ModuleCalls(recorder, model, opaque, originals, fake_mode)
     (args, kwargs), target, inputs = _inputs(recorder, fake_mode, call)
+    if fake_mode is not None:
+        recorder.evaluate_with(_evaluator(recorder, real, originals, fake_mode))
     with contextlib.ExitStack() as stack:
         changed = stack.enter_context(_restored_attributes(model, start))
         stack.enter_context(compiling_flag(compiling))
+        stack.enter_context(eager_stance())
         if fake_mode is not None:
             stack.enter_context(fake_mode)
         stack.enter_context(swap_parameters(model, swapped))
@@ -133,10 +143,24 @@ def _record(
         out_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
         loss=None if loss is None else tensor_positions.index(loss),
         names=names,
-        route="guarded" if guarded else "opaque" if opaque else "recorded, compiling" if compiling else "recorded",
+        route="guarded"
+        if guarded or guard_in
+        else "opaque"
+        if opaque
+        else "recorded, compiling"
+        if compiling
+        else "recorded",
         **inputs,
     )
     return captured, changed
+
+
+def _evaluator(
+    recorder: Recorder, real: list[Tensor], originals: Mapping[str, Tensor], fake_mode: FakeTensorMode
+) -> Evaluator:
+    names = [n.name for n in recorder.graph.nodes if n.op == "placeholder"]
+    buffers = {n: t for n, t in originals.items() if not isinstance(t, nn.Parameter) and t.device.type != "meta"}
+    return Evaluator(dict(zip(names, real, strict=False)), buffers, recorder.constants, Untraceable, fake_mode)
 
 
 def _stand_in(fake_mode: FakeTensorMode | None, tensor: Tensor) -> Tensor:
@@ -244,7 +268,8 @@ def _restored_attributes(model: nn.Module, start: State) -> Iterator[State]:
 
     Gives the attributes of plain values that forward changed, when the context has ended.
     """
-    before = [(name, m, dict(m.__dict__)) for name, m in model.named_modules()]
+    before = [(name, m, dict(m.__dict__)) for name, m in model.named_modules() if not is_scripted(m)]
+    containers = list(_containers(model))
     changed: State = {}
     for name, module, _ in before:
         module.__dict__.update({attribute: value for (owner, attribute), value in start.items() if owner == name})
@@ -258,6 +283,39 @@ def _restored_attributes(model: nn.Module, start: State) -> Iterator[State]:
                 elif isinstance(value, (int, float, str, bool)) and value != attributes[key]:
                     changed[name, key] = value
             module.__dict__.update(attributes)
+        for container, content in containers:
+            _refill(container, content)
+
+
+def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The lists, dicts and sets that modules and their hooks hold, each with a copy: forward may fill them."""
+    for module in model.modules():
+        held = [v for k, v in module.__dict__.items() if k not in _OWN_OF_TORCH]
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
+            held += [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _is_filled(cell)]
+        for value in held:
+            if type(value) in (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict):
+                yield value, value.copy()
+
+
+_OWN_OF_TORCH = set(nn.Module().__dict__)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that has no value yet
+        return False
+
+
+def _refill(container: Any, content: Any) -> None:
+    if (
+        len(container) != len(content)
+        or any(a is not b for a, b in zip(container, content, strict=True))
+        or (isinstance(content, dict) and any(container[k] is not v for k, v in content.items()))
+    ):
+        container.clear()
+        (container.update if isinstance(content, (dict, set)) else container.extend)(content)
 
 
 def _mark_effects(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> None:
@@ -268,7 +326,7 @@ def _mark_effects(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> 
             and node.target != LOSS_MODULE
             and (node.target in opaque or has_hooks(model.get_submodule(str(node.target))))
         )
-        if node.meta.get("writes") or node.meta.get("random") or node.target is guard or own_code:
+        if node.meta.get("writes") or node.meta.get("random") or node.target in (guard, guard_shape) or own_code:
             node.meta["effect"] = True
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 from autopipe.capture import Captured
+from autopipe.capture.checkpointing import with_checkpoints
 from autopipe.capture.selfcheck import self_check
 from autopipe.capture.trace import Call, flatten_output
 from autopipe.stages import MODEL_INPUT, StageModule, StageSpec, cut, stage_module
@@ -29,7 +30,11 @@ Observed = dict[str, Any]
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
     """Buffers, gradients and plain attributes as they were."""
-    values = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    values = [
+        (m, dict(m.__dict__), dict(m._buffers), dict(m._parameters))
+        for m in model.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+    ]
     copies = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         yield
@@ -89,7 +94,11 @@ def _state(model: nn.Module) -> Observed:
 def difference(got: Observed, expected: Observed) -> str:
     """The first value that differs, in words; empty where none does."""
     scale = max(
-        (float(v.abs().max()) for n, v in expected.items() if n.startswith("gradient") and v is not None and v.numel()),
+        (
+            float(v.abs().nan_to_num().max())
+            for n, v in expected.items()
+            if n.startswith("gradient") and v is not None and v.numel()
+        ),
         default=0.0,
     )
     for name, value in expected.items():
@@ -200,7 +209,9 @@ def _differences(
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     whole = observe(
         model,
-        lambda: captured.graph_module(*[t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]),
+        lambda: with_checkpoints(captured.graph_module)(
+            *[t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        ),
         loss,
     )
     yield "whole", difference(whole, expected)

@@ -577,7 +577,7 @@ def _(net: Any, h: Tensor) -> Any:
 
 @case("reflected operators")
 def _(net: Any, h: Tensor) -> Any:
-    return 1 - h + 2 / (3 + abs(h)) + 2**h - (-h) // 1 + (1.0 @ h[:, :1].T if False else 0)
+    return 1 - h + 2 / (3 + abs(h)) + 2**h - (-h) % 3
 
 
 @case("iteration, unpacking and len")
