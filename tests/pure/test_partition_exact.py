@@ -13,7 +13,7 @@ from autopipe.partition import partition
 from profiler.records import LinkProfile, Profile
 
 NUM_GRAPHS = 500
-MOST_ASSIGNMENTS = 4000
+MOST_ASSIGNMENTS = 1500
 
 
 def case(seed: int) -> tuple[Profile, int, int, LinkProfile]:
