@@ -77,6 +77,13 @@ def verify_command(options: argparse.Namespace) -> int:
     return DONE if found.equal else FAULT
 
 
+def export_command(options: argparse.Namespace) -> None:
+    """`autopipe export PLAN --to FRAMEWORK`: the cut in the words of another framework."""
+    from autopipe.export import export
+
+    _write(options, export(Plan.load(options.plan), options.to, options.model))
+
+
 def env_command(options: argparse.Namespace) -> None:
     """`autopipe env`: versions, devices, backends and cores."""
     from autopipe.cli.environment import environment_report
@@ -90,6 +97,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "report": report_command,
     "simulate": simulate_command,
     "verify": verify_command,
+    "export": export_command,
     "env": env_command,
 }
 

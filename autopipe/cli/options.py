@@ -13,6 +13,7 @@ from autopipe.report.timelines import TIMELINE_FORMATS
 
 SIMULATED_ONLY = ("zb-h1",)
 """Schedules that can be simulated on a plan, but not yet planned for or run."""
+EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 OBJECTIVES = ("step", "bottleneck")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 BYTES_PER_US_OF_A_GBPS = 125.0
@@ -59,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     _model(verify, required=True)
     _verification(verify)
     _output(verify, FORMATS, "write the comparison to FILE; its suffix chooses the format where none is given")
+    export = commands.add_parser("export", help="write a plan in the words of another framework")
+    export.add_argument("plan", metavar="PLAN", help="a plan, as `autopipe plan -o FILE` writes it")
+    export.add_argument("--to", choices=EXPORTS, required=True, help="the framework; torch needs --model")
+    export.add_argument("--model", metavar="MODEL", help="for torch: the model that was planned")
+    _output(export, ("table",), "write to FILE")
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     _output(env, ("table", "json"), "write to FILE")
     return top
@@ -92,6 +98,7 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--link-gbps", type=_positive, metavar="GBPS", help="bandwidth between stages, in gigabits per second")
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
     add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
+    add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, in place of a search")
     add("--time-budget-s", type=_number, metavar="S", help="seconds of search for the best plan")
 
 
@@ -125,6 +132,13 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of module names, such as layers.4,layers.8")
+    return names
 
 
 def _number(text: str) -> float:

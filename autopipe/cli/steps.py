@@ -80,6 +80,7 @@ def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatche
         "data_parallel": options.data_parallel,
         "objective": options.objective,
         "time_budget_s": options.time_budget_s,
+        "split_points": options.split_points,
     }
     return partition(
         measured,

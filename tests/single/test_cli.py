@@ -61,11 +61,13 @@ PLANNING = [
     "--overlap",
     "--profile",
     "--schedule",
+    "--split-points",
     "--time-budget-s",
 ]
 COMMON = ["--debug", "--format", "--help", "--output", "--quiet", "-h", "-o"]
 FROZEN = {
     "env": COMMON,
+    "export": [*COMMON, "--model", "--to"],
     "plan": [*COMMON, *PLANNING],
     "profile": [*COMMON, "--device", "--num-microbatches"],
     "report": [*COMMON, *PLANNING, "--plan"],
