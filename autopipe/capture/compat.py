@@ -56,7 +56,7 @@ def eager_stance() -> contextlib.AbstractContextManager[Any]:
     """While the context is open, what was given to `torch.compile` runs as plain Python."""
     if "torch._dynamo.eval_frame" not in sys.modules:
         return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 

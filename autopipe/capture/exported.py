@@ -27,13 +27,14 @@ def export_trace(model: nn.Module, call: Call) -> Captured | None:
     """
     if call.loss_fn is not None or any(has_hooks(m) for m in model.modules()):
         return None
+    custom: list[Any] = []
     names, first = {}, dict[int, str]()
     for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names[name] = first.setdefault(id(t), name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with patched_function_apply(_noting(custom := [])):
+            with patched_function_apply(_noting(custom)):
                 program = torch.export.export(model, call.args, dict(call.kwargs), strict=False)
             graph_module = program.module(check_guards=False)
     except Exception:  # noqa: BLE001 (any failure of the exporter means: not this way; the first cause is reported instead)

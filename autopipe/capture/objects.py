@@ -54,7 +54,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any, depth: int = 0) -
 
 def make_object(cls: type, attributes: dict[str, Any]) -> Any:
     """An object of a class with these attributes; its `__init__` does not run."""
-    made = cls.__new__(cls)
+    made = cls.__new__(cls)  # type: ignore[call-overload]
     made.__dict__.update(attributes)
     return made
 
