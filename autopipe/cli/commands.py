@@ -12,8 +12,16 @@ from autopipe.cli.options import SIMULATED_ONLY
 from autopipe.cli.whatif import changed
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
-from autopipe.report import plan_report, profile_report, timeline_report
+from autopipe.report import (
+    load_measured,
+    measured_report,
+    plan_report,
+    profile_report,
+    read_trace,
+    timeline_report,
+)
 from autopipe.simulate import simulate
+from profiler.records import Profile
 
 DONE, FAULT, WRONG_CALL = 0, 1, 2
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "md", ".html": "html"}
@@ -39,8 +47,38 @@ def plan_command(options: argparse.Namespace) -> None:
 
 
 def report_command(options: argparse.Namespace) -> None:
-    """`autopipe report MODEL | --plan FILE | --profile FILE`: the plan and what it costs."""
-    _write(options, plan_report(_plan(options), _format(options, SUFFIXES)))
+    """`autopipe report MODEL | --plan FILE | --profile FILE | --measured FILE`: the plan and what it costs, or cost in a run."""
+    format = _format(options, SUFFIXES)
+    if options.measured is not None:
+        _write(options, _measured(options, format))
+    elif options.trace is not None:
+        raise ConfigError(
+            "--trace without --measured",
+            expected="the report of the same run beside it",
+            where="the command line",
+            remedy="add --measured FILE, which engine.report('json') gives",
+        )
+    elif options.plan is None and options.model is not None and options.profile is None:
+        from autopipe.cli.steps import profiled_plan
+
+        plan, measured = profiled_plan(options)
+        _write(options, plan_report(plan, format, profile=measured))
+    else:
+        profile = Profile.load(options.profile) if options.profile is not None and options.plan is None else None
+        _write(options, plan_report(_plan(options), format, profile=profile))
+
+
+def _measured(options: argparse.Namespace, format: str) -> str:
+    """The report of a run from its files."""
+    if any(v is not None for v in (options.model, options.plan, options.profile)):
+        raise ConfigError(
+            "--measured and a model, plan or profile",
+            expected="--measured alone, which holds its plan",
+            where="the command line",
+            remedy="leave the others out",
+        )
+    plan, measured = load_measured(options.measured)
+    return measured_report(plan, measured, format, timeline=read_trace(options.trace) if options.trace else None)
 
 
 def simulate_command(options: argparse.Namespace) -> None:

@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
         _planning(command, SCHEDULES if command is not simulate else (*SCHEDULES, *SIMULATED_ONLY))
     for command in (report, simulate):
         command.add_argument("--plan", metavar="FILE", help="a plan, in place of a model")
+    report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, in place of a model")
+    report.add_argument("--trace", metavar="FILE", help="with --measured: the trace of the run, for the page")
     _output(plan, FORMATS, "write the plan as JSON to FILE")
     _output(report, FORMATS, "write the report to FILE; its suffix chooses the format where none is given")
     _output(

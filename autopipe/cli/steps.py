@@ -27,7 +27,12 @@ def profiled(options: argparse.Namespace) -> Profile:
 
 
 def planned(options: argparse.Namespace) -> Plan:
-    """The plan of the call's model or profile.
+    """The plan of the call's model or profile; raises as `profiled_plan`."""
+    return profiled_plan(options)[0]
+
+
+def profiled_plan(options: argparse.Namespace) -> tuple[Plan, Profile]:
+    """The plan of the call's model or profile, and the profile that it was made from.
 
     Raises:
         ConfigError: not exactly one of them is given, or no number of stages.
@@ -45,12 +50,14 @@ def planned(options: argparse.Namespace) -> Plan:
         )
     count = options.num_microbatches or MICROBATCHES_PER_STAGE * options.num_stages
     if options.profile is not None:
-        return _partitioned(options, Profile.load(options.profile), count)
+        measured = Profile.load(options.profile)
+        return _partitioned(options, measured, count), measured
     example = load_example(options.model)
     microbatches = _microbatches(example, count)
     if options.num_microbatches and len(microbatches) < count and not options.quiet:
         print(f"note: a batch of {len(microbatches)} samples has no {count} micro-batches", file=sys.stderr)
-    return _partitioned(options, _measured(options, example, microbatches[0]), len(microbatches))
+    measured = _measured(options, example, microbatches[0])
+    return _partitioned(options, measured, len(microbatches)), measured
 
 
 def _microbatches(example: Example, count: int) -> list[MicroBatch]:

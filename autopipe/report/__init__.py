@@ -1,8 +1,12 @@
 """What people see: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a picture."""
 
 from autopipe.report.explain import explain
-from autopipe.report.plans import plan_report
+from autopipe.report.formats import plan_report
+from autopipe.report.measured import load_measured, measured_report
+from autopipe.report.notebook import show_in_notebooks
+from autopipe.report.page import plan_page
 from autopipe.report.profiles import profile_report
+from autopipe.report.read_trace import read_trace
 from autopipe.report.svg import timeline_svg
 from autopipe.report.tables import FORMATS
 from autopipe.report.timelines import timeline_report
@@ -12,8 +16,14 @@ __all__ = [
     "FORMATS",
     "chrome_trace",
     "explain",
+    "load_measured",
+    "measured_report",
+    "plan_page",
     "plan_report",
     "profile_report",
+    "read_trace",
     "timeline_report",
     "timeline_svg",
 ]
+
+show_in_notebooks()

@@ -1,46 +1,30 @@
-"""A plan and what its steps took; the predicted figures beside the measured ones come out, stage by stage."""
+"""A plan and what its steps took go in; predicted beside measured comes out in any format, and is read back from JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from autopipe.errors import ConfigError
 from autopipe.plan import Plan
-from autopipe.report.tables import Cell, Column, Document, Table, render
-from autopipe.simulate import plan_costs
+from autopipe.report.comparison import MeasuredStage, measured_parts, measured_title
+from autopipe.report.page import plan_page
+from autopipe.report.tables import Document, render
+from autopipe.simulate import Timeline
+from profiler.records import read_json
 
-COLUMNS = (
-    Column(name="stage"),
-    Column(name="modules"),
-    Column(name="forward predicted ms", decimals=2),
-    Column(name="measured ms", decimals=2),
-    Column(name="backward predicted ms", decimals=2),
-    Column(name="measured ms", decimals=2),
-    Column(name="compute error %", decimals=1),
-    Column(name="waiting ms", decimals=1),
-)
+__all__ = ["MeasuredStage", "load_measured", "measured_report"]
+
+REMEDY = "write one with engine.report('json')"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredStage:
-    """Medians over training steps, in microseconds: one forward, one backward, all waits of a step, the whole step; bytes at the peak.
-
-    `peak_bytes` is 0 where the device does not count allocations (a CPU).
-    """
-
-    index: int
-    num_steps: int
-    forward_us: float
-    backward_us: float
-    waiting_us: float
-    step_us: float
-    peak_bytes: int
-
-
-def measured_report(plan: Plan, measured: Sequence[MeasuredStage], format: str = "table") -> str:
-    """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html`.
+def measured_report(
+    plan: Plan, measured: Sequence[MeasuredStage], format: str = "table", *, timeline: Timeline | None = None
+) -> str:
+    """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html` (the plan's page, with a measured timeline where given).
 
     Raises:
         ConfigError: an unknown format.
@@ -49,50 +33,37 @@ def measured_report(plan: Plan, measured: Sequence[MeasuredStage], format: str =
         return (
             json.dumps({"plan": plan.to_json(), "measured": [dataclasses.asdict(s) for s in measured]}, indent=1) + "\n"
         )
+    if format == "html":
+        return plan_page(plan, measured=measured, timeline=timeline)
     if not measured:
         return render(
             Document(title="No step was measured yet", parts=("Two training steps are needed: the first warms up.",)),
             format,
         )
-    return render(
-        Document(title=_title(plan, measured), parts=(_table(plan, measured), _summary(plan, measured))), format
-    )
+    return render(Document(title=measured_title(plan, measured), parts=measured_parts(plan, measured)), format)
 
 
-def _title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
-    return f"Predicted beside measured: {plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
+def load_measured(path: str | Path) -> tuple[Plan, list[MeasuredStage]]:
+    """The plan and the measured stages of a file that `engine.report("json")` gave.
 
-
-def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for stage in measured:
-        planned = plan.stages[stage.index]
-        predicted, took = planned.forward_us + planned.backward_us, stage.forward_us + stage.backward_us
-        rows.append(
-            (
-                stage.index,
-                f"{planned.first_module} … {planned.last_module}",
-                planned.forward_us / 1e3,
-                stage.forward_us / 1e3,
-                planned.backward_us / 1e3,
-                stage.backward_us / 1e3,
-                100 * (predicted / took - 1),
-                stage.waiting_us / 1e3,
-            )
+    Raises:
+        ConfigError: it is no such file.
+        PlanError: the plan in it is not valid.
+    """
+    data = read_json(path, ConfigError, REMEDY)
+    if not isinstance(data, dict) or not isinstance(data.get("measured"), list) or "plan" not in data:
+        raise ConfigError(
+            "no 'plan' and 'measured'", expected="the report of a run as JSON", where=str(path), remedy=REMEDY
         )
-    return Table(title="", columns=COLUMNS, rows=tuple(rows))
+    plan = Plan.from_json(data["plan"])
+    return plan, [_stage(plan, row, f"{path}: measured[{i}]") for i, row in enumerate(data["measured"])]
 
 
-def _summary(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
-    took = max(s.step_us for s in measured)
-    busy = [plan.num_microbatches * (s.forward_us + s.backward_us) for s in measured]
-    bubble = 1 - sum(busy) / (len(busy) * took)
-    assumed = "" if plan.link.measured else "; the link was assumed, not measured"
-    hidden = plan_costs(plan)
-    load = max(f + b for f, b in zip(hidden.forward_us, hidden.backward_us, strict=True))
-    return (
-        f"step without the optimizer: predicted {plan.step_us / 1e3:.1f} ms, measured {took / 1e3:.1f} ms "
-        f"({100 * (plan.step_us / took - 1):+.0f} %{assumed})\n"
-        f"bubble: predicted {100 * plan.bubble:.1f} %, measured {100 * bubble:.1f} %\n"
-        f"slowest stage: predicted {load / 1e3:.2f} ms a micro-batch, measured {max(s.forward_us + s.backward_us for s in measured) / 1e3:.2f} ms"
-    )
+def _stage(plan: Plan, row: Any, where: str) -> MeasuredStage:
+    names = [f.name for f in dataclasses.fields(MeasuredStage)]
+    numbers = isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in names)
+    if not numbers or not 0 <= row["index"] < plan.num_stages:
+        raise ConfigError(
+            "a stage that cannot be read", expected=f"numbers for {', '.join(names)}", where=where, remedy=REMEDY
+        )
+    return MeasuredStage(**{name: row[name] for name in names})

@@ -1,12 +1,10 @@
-"""A plan goes in; its report comes out: a row a stage, the figures of the step, the usual splits beside it, an explanation."""
+"""A plan goes in; tables and sentences come out: a row a stage, the figures of the step, the usual splits beside it, an explanation."""
 
 from __future__ import annotations
 
-import json
-
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.explain import explain
-from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
+from autopipe.report.tables import MIB, Cell, Column, Table
 from autopipe.simulate import plan_costs
 
 WHOLE_MODEL = "(model)"
@@ -37,20 +35,12 @@ SPLIT_COLUMNS = (
 )
 
 
-def plan_report(plan: Plan, format: str = "table") -> str:
-    """The report of a plan as `table`, `json`, `csv` (the stages), `md` or `html`.
-
-    JSON is the plan's own form, raw bytes and microseconds, with `report` added: it can be read as a plan.
-
-    Raises:
-        ConfigError: an unknown format.
-    """
-    if format == "json":
-        return json.dumps({**plan.to_json(), "report": _figures(plan)}, indent=1) + "\n"
-    parts: list[Table | str] = [_stages(plan), _summary(plan)]
+def plan_parts(plan: Plan) -> tuple[Table | str, ...]:
+    """The tables and sentences of the report."""
+    parts: list[Table | str] = [stage_table(plan), _summary(plan)]
     if plan.baselines:
-        parts.append(_splits(plan))
-    return render(Document(title=_title(plan), parts=(*parts, explain(plan))), format)
+        parts.append(split_table(plan))
+    return (*parts, explain(plan))
 
 
 def loads(plan: Plan) -> list[float]:
@@ -66,21 +56,23 @@ def samples_per_s(plan: Plan) -> float | None:
     return samples / plan.step_us * 1e6 if plan.step_us else None
 
 
-def _figures(plan: Plan) -> dict[str, object]:
+def plan_figures(plan: Plan) -> dict[str, object]:
+    """What the report adds to a plan."""
     return {
         "load": loads(plan),
         "samples_per_s": samples_per_s(plan),
-        "gap": _gap(plan),
+        "gap": gap_of(plan),
         "explanation": explain(plan),
     }
 
 
-def _gap(plan: Plan) -> float | None:
+def gap_of(plan: Plan) -> float | None:
     """How far the step is above the lower bound, as a share of the bound."""
     return plan.step_us / plan.lower_bound_us - 1 if plan.lower_bound_us else None
 
 
-def _title(plan: Plan) -> str:
+def plan_title(plan: Plan) -> str:
+    """What the plan is, in one line."""
     replicas = f", {plan.data_parallel} replicas" if plan.data_parallel > 1 else ""
     estimated = " (estimated costs)" if plan.estimated else ""
     return (
@@ -95,7 +87,8 @@ def modules(stage: StagePlan) -> str:
     return first if first == last else f"{first} … {last}"
 
 
-def _stages(plan: Plan) -> Table:
+def stage_table(plan: Plan) -> Table:
+    """A row a stage."""
     rows: list[tuple[Cell, ...]] = []
     for stage, load in zip(plan.stages, loads(plan), strict=True):
         limit = 100 * stage.peak_bytes / plan.memory_limit_bytes if plan.memory_limit_bytes else None
@@ -121,9 +114,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _summary(plan: Plan) -> str:
-    gap, rate = _gap(plan), samples_per_s(plan)
-    link = f"{plan.link.latency_us:g} us + {plan.link.bytes_per_us / 125:,.4g} Gbit/s, {plan.link.overlap:.0%} hidden"
-    assumed = "" if plan.link.measured else " (assumed, not measured)"
+    gap, rate = gap_of(plan), samples_per_s(plan)
     lines = [
         f"imbalance {plan.imbalance:.1%}, bubble {plan.bubble:.1%}",
         f"step time {plan.step_us / 1e3:,.2f} ms" + (f", {rate:,.1f} samples/s" if rate is not None else ""),
@@ -131,11 +122,18 @@ def _summary(plan: Plan) -> str:
     if gap is not None:
         lines.append(f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}")
     if plan.num_stages > 1:
-        lines.append(f"links {link}{assumed}")
+        lines.append(link_words(plan))
     return "\n".join(lines)
 
 
-def _splits(plan: Plan) -> Table:
+def link_words(plan: Plan) -> str:
+    """The link between stages that the plan counts with."""
+    link = f"{plan.link.latency_us:g} us + {plan.link.bytes_per_us / 125:,.4g} Gbit/s, {plan.link.overlap:.0%} hidden"
+    return f"links {link}{'' if plan.link.measured else ' (assumed, not measured)'}"
+
+
+def split_table(plan: Plan) -> Table:
+    """The plan beside the splits that one would otherwise make."""
     limit = plan.memory_limit_bytes
 
     def row(name: str, step_us: float, imbalance: float, bubble: float, peak_bytes: int) -> tuple[Cell, ...]:

@@ -70,7 +70,7 @@ FROZEN = {
     "export": [*COMMON, "--model", "--to"],
     "plan": [*COMMON, *PLANNING],
     "profile": [*COMMON, "--device", "--num-microbatches"],
-    "report": [*COMMON, *PLANNING, "--plan"],
+    "report": [*COMMON, *PLANNING, "--measured", "--plan", "--trace"],
     "simulate": [*COMMON, *PLANNING, "--plan"],
     "verify": [*COMMON, "--num-microbatches", "--num-stages", "--schedule", "--timeout-s", "--tolerance"],
 }

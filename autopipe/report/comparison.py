@@ -1,0 +1,82 @@
+"""A plan and what its steps took; the predicted figures beside the measured ones come out, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopipe.plan import Plan
+from autopipe.report.tables import Cell, Column, Table
+from autopipe.simulate import plan_costs
+
+COLUMNS = (
+    Column(name="stage"),
+    Column(name="modules"),
+    Column(name="forward predicted ms", decimals=2),
+    Column(name="measured ms", decimals=2),
+    Column(name="backward predicted ms", decimals=2),
+    Column(name="measured ms", decimals=2),
+    Column(name="compute error %", decimals=1),
+    Column(name="waiting ms", decimals=1),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredStage:
+    """Medians over training steps, in microseconds: one forward, one backward, all waits of a step, the whole step; bytes at the peak.
+
+    `peak_bytes` is 0 where the device does not count allocations (a CPU).
+    """
+
+    index: int
+    num_steps: int
+    forward_us: float
+    backward_us: float
+    waiting_us: float
+    step_us: float
+    peak_bytes: int
+
+
+def measured_parts(plan: Plan, measured: Sequence[MeasuredStage]) -> tuple[Table | str, ...]:
+    """A table with a row for each stage that was measured, and the figures of the step."""
+    return _table(plan, measured), _summary(plan, measured)
+
+
+def measured_title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
+    """What is compared, in one line."""
+    return f"Predicted beside measured: {plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
+
+
+def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for stage in measured:
+        planned = plan.stages[stage.index]
+        predicted, took = planned.forward_us + planned.backward_us, stage.forward_us + stage.backward_us
+        rows.append(
+            (
+                stage.index,
+                f"{planned.first_module} … {planned.last_module}",
+                planned.forward_us / 1e3,
+                stage.forward_us / 1e3,
+                planned.backward_us / 1e3,
+                stage.backward_us / 1e3,
+                100 * (predicted / took - 1),
+                stage.waiting_us / 1e3,
+            )
+        )
+    return Table(title="", columns=COLUMNS, rows=tuple(rows))
+
+
+def _summary(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
+    took = max(s.step_us for s in measured)
+    busy = [plan.num_microbatches * (s.forward_us + s.backward_us) for s in measured]
+    bubble = 1 - sum(busy) / (len(busy) * took)
+    assumed = "" if plan.link.measured else "; the link was assumed, not measured"
+    hidden = plan_costs(plan)
+    load = max(f + b for f, b in zip(hidden.forward_us, hidden.backward_us, strict=True))
+    return (
+        f"step without the optimizer: predicted {plan.step_us / 1e3:.1f} ms, measured {took / 1e3:.1f} ms "
+        f"({100 * (plan.step_us / took - 1):+.0f} %{assumed})\n"
+        f"bubble: predicted {100 * plan.bubble:.1f} %, measured {100 * bubble:.1f} %\n"
+        f"slowest stage: predicted {load / 1e3:.2f} ms a micro-batch, measured {max(s.forward_us + s.backward_us for s in measured) / 1e3:.2f} ms"
+    )
