@@ -58,7 +58,7 @@ def report_command(options: argparse.Namespace) -> None:
             where="the command line",
             remedy="add --measured FILE, which engine.report('json') gives",
         )
-    elif options.plan is None and options.model is not None and options.profile is None:
+    elif options.plan is None and options.profile is None and ":" in (options.model or ""):
         from autopipe.cli.steps import profiled_plan
 
         plan, measured = profiled_plan(options)
@@ -142,6 +142,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The plan of the call: from its file, with what the call changes, or made now."""
+    if options.plan is None and options.model is not None and options.model.endswith(".json"):
+        options.plan, options.model = options.model, None
     if options.plan is None:
         from autopipe.cli.steps import planned
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from autopipe.plan import SCHEDULES
 from autopipe.report import FORMATS
@@ -33,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `autopipe`."""
     top = Parser(prog="autopipe", description="Profiles, plans and simulates pipeline parallelism for a PyTorch model.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    _add_commands(commands)
+    return top
+
+
+def _add_commands(commands: Any) -> None:
     shown = commands.add_parser("profile", help="measure a model node by node and stop")
     _model(shown, required=True)
     _run(shown, measured=True)
@@ -46,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         _run(command, measured=True)
         _planning(command, SCHEDULES if command is not simulate else (*SCHEDULES, *SIMULATED_ONLY))
     for command in (report, simulate):
-        command.add_argument("--plan", metavar="FILE", help="a plan, in place of a model")
+        command.add_argument(
+            "--plan", metavar="FILE", help="a plan, in place of a model; PLAN.json alone means the same"
+        )
     report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, in place of a model")
     report.add_argument("--trace", metavar="FILE", help="with --measured: the trace of the run, for the page")
     _output(plan, FORMATS, "write the plan as JSON to FILE")
@@ -62,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     _model(verify, required=True)
     _verification(verify)
     _output(verify, FORMATS, "write the comparison to FILE; its suffix chooses the format where none is given")
+    _add_others(commands)
+
+
+def _add_others(commands: Any) -> None:
     export = commands.add_parser("export", help="write a plan in the words of another framework")
     export.add_argument("plan", metavar="PLAN", help="a plan, as `autopipe plan -o FILE` writes it")
     export.add_argument("--to", choices=EXPORTS, required=True, help="the framework; torch needs --model")
@@ -69,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
     _output(export, ("table",), "write to FILE")
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     _output(env, ("table", "json"), "write to FILE")
-    return top
 
 
 def _model(command: argparse.ArgumentParser, *, required: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopipe.plan import Plan
+from autopipe.report.plans import modules
 from autopipe.report.tables import Cell, Column, Table
 from autopipe.simulate import plan_costs
 
@@ -55,7 +56,7 @@ def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
         rows.append(
             (
                 stage.index,
-                f"{planned.first_module} … {planned.last_module}",
+                modules(planned),
                 planned.forward_us / 1e3,
                 stage.forward_us / 1e3,
                 planned.backward_us / 1e3,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.explain import explain
-from autopipe.report.tables import MIB, Cell, Column, Table
+from autopipe.report.tables import MIB, Cell, Column, Table, readable
 from autopipe.simulate import plan_costs
 
 WHOLE_MODEL = "(model)"
@@ -110,25 +112,30 @@ def stage_table(plan: Plan) -> Table:
                 100 * load,
             )
         )
-    return Table(title="", columns=STAGE_COLUMNS, rows=tuple(rows))
+    return readable(Table(title="", columns=STAGE_COLUMNS, rows=tuple(rows)))
 
 
 def _summary(plan: Plan) -> str:
     gap, rate = gap_of(plan), samples_per_s(plan)
     lines = [
-        f"imbalance {plan.imbalance:.1%}, bubble {plan.bubble:.1%}",
-        f"step time {plan.step_us / 1e3:,.2f} ms" + (f", {rate:,.1f} samples/s" if rate is not None else ""),
+        f"imbalance {plan.imbalance:.1%} (slowest stage over the mean), bubble {plan.bubble:.1%} (time in which devices do not compute)",
+        f"step time {plan.step_us / 1e3:,.2f} ms without the optimizer" + (f", {rate:,.1f} samples/s" if rate else ""),
     ]
     if gap is not None:
-        lines.append(f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}")
+        lines.append(
+            f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}: no cut into {plan.num_stages} stages is faster than the bound"
+        )
     if plan.num_stages > 1:
         lines.append(link_words(plan))
+    if any(WHOLE_MODEL in modules(stage) for stage in plan.stages):
+        lines.append(f"{WHOLE_MODEL}: what the model's own forward computes, outside of its submodules")
     return "\n".join(lines)
 
 
 def link_words(plan: Plan) -> str:
     """The link between stages that the plan counts with."""
-    link = f"{plan.link.latency_us:g} us + {plan.link.bytes_per_us / 125:,.4g} Gbit/s, {plan.link.overlap:.0%} hidden"
+    speed = "free" if math.isinf(plan.link.bytes_per_us) else f"{plan.link.bytes_per_us / 125:,.4g} Gbit/s"
+    link = f"{plan.link.latency_us:g} us + {speed}, {plan.link.overlap:.0%} hidden behind compute"
     return f"links {link}{'' if plan.link.measured else ' (assumed, not measured)'}"
 
 
@@ -138,10 +145,10 @@ def split_table(plan: Plan) -> Table:
 
     def row(name: str, step_us: float, imbalance: float, bubble: float, peak_bytes: int) -> tuple[Cell, ...]:
         against = f"{step_us / plan.step_us - 1:+.1%}" if plan.step_us else "-"
-        fits = "-" if not limit else "yes" if peak_bytes <= limit else "no"
+        fits = None if not limit else "yes" if peak_bytes <= limit else "no"
         return (name, step_us / 1e3, against, 100 * imbalance, 100 * bubble, peak_bytes / MIB, fits)
 
     peak = max(stage.peak_bytes for stage in plan.stages)
     rows = [row("this plan", plan.step_us, plan.imbalance, plan.bubble, peak)]
     rows += [row(b.name, b.step_us, b.imbalance, b.bubble, b.peak_bytes) for b in plan.baselines]
-    return Table(title="The splits that one would otherwise make", columns=SPLIT_COLUMNS, rows=tuple(rows))
+    return readable(Table(title="The splits that one would otherwise make", columns=SPLIT_COLUMNS, rows=tuple(rows)))

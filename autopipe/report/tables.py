@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import io
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from autopipe.errors import ConfigError
 Format = Literal["table", "json", "csv", "md", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
 MIB = 2.0**20
+SMALL_MIB = 10.0
 Cell = str | int | float | None
 
 
@@ -42,6 +44,19 @@ class Document:
 
     title: str
     parts: tuple[Table | str, ...]
+
+
+def readable(table: Table) -> Table:
+    """The table without columns in which nothing exists, and with one decimal more where all sizes in MiB are small."""
+    kept = [i for i, _ in enumerate(table.columns) if any(row[i] is not None for row in table.rows)] or [0]
+    columns = []
+    for column, cells in ((table.columns[i], [row[i] for row in table.rows]) for i in kept):
+        numbers = [abs(cell) for cell in cells if isinstance(cell, float)]
+        small = column.name.endswith("MiB") and numbers and max(numbers) < SMALL_MIB
+        columns.append(dataclasses.replace(column, decimals=max(column.decimals, 2)) if small else column)
+    return Table(
+        title=table.title, columns=tuple(columns), rows=tuple(tuple(row[i] for i in kept) for row in table.rows)
+    )
 
 
 def render(document: Document, format: str) -> str:

@@ -40,6 +40,8 @@ def run_processes(function: Callable[[int], Result], num_ranks: int, *, timeout_
             pipes.append(here)
             processes.append(process)
         results = _collect(pipes, processes, timeout_s)
+        for process in processes:
+            process.join(GRACE_S)
     finally:
         for process in processes:
             process.kill()

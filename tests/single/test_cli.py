@@ -240,3 +240,26 @@ def test_runs_as_a_program(plan: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "step time" in done.stdout
+
+
+def test_a_plan_may_stand_in_the_place_of_the_model(plan: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", plan]) == 0
+    named = capsys.readouterr().out
+    assert main(["simulate", "--plan", plan]) == 0
+    assert capsys.readouterr().out == named
+    assert main(["report", plan, "--num-microbatches", "8"]) == 0
+    assert "8 micro-batches" in capsys.readouterr().out
+
+
+def test_split_points_take_the_place_of_a_search(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["plan", "--profile", profile, "--num-stages", "3", "--split-points", "1, 3", "--format", "json"]
+    assert main(call) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [s["first_module"].split(".")[0] for s in stages] == ["0", "1", "3"]
+    fails(capsys, 2, "is not a list of module names", "plan", "--profile", profile, "--split-points", "1,,3")
+
+
+def test_measured_needs_its_file_alone(plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, 2, "--measured and a model", "report", "--plan", plan, "--measured", "run.json")
+    fails(capsys, 2, "--trace without --measured", "report", "--plan", plan, "--trace", "trace.json")
+    fails(capsys, 2, "cannot read", "report", "--measured", str(tmp_path / "no.json"))
