@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.effects import remove_dead_code
+from autopipe.capture.guards import guard, guard_shape
 from autopipe.capture.regions import compute_nodes, emit_regions, is_region_node
 from autopipe.errors import CaptureError
 
@@ -115,10 +116,20 @@ class Captured:
         """What capture did, in a few lines."""
         lines = [f"captured by: {self.route}; {len(self.nodes)} nodes"]
         lines += [f"kept whole: {name} ({reason})" for name, reason in self.opaque.items()]
-        guards = sum(1 for n in self.nodes if getattr(n.target, "__name__", "") == "guard" and n.op == "call_function")
-        if guards:
-            lines.append(f"values read by Python, checked at each run: {guards}")
+        lines += [f"checked at each run: {text}" for text in self.guards]
         return "\n".join(lines)
+
+    @property
+    def guards(self) -> tuple[str, ...]:
+        """What Python read while the model was captured, and what every run is compared with: the value and where it is read."""
+        found = []
+        for node in self.nodes:
+            place = node.meta.get("source", "")
+            if node.target is guard:
+                found.append(f"Tensor.{node.args[0]}() gives {node.args[1]!r}, {place}")
+            elif node.target is guard_shape:
+                found.append(f"{node.args[0]} has shape {node.args[1]}, {place}")
+        return tuple(found)
 
 
 def _target_name(node: fx.Node) -> str:

@@ -27,7 +27,7 @@ def export_trace(model: nn.Module, call: Call) -> Captured | None:
     """
     if call.loss_fn is not None or any(has_hooks(m) for m in model.modules()):
         return None
-    custom: list[Any] = []
+    custom: list[type] = []
     names, first = {}, dict[int, str]()
     for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names[name] = first.setdefault(id(t), name)

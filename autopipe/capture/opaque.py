@@ -53,15 +53,11 @@ def real_like(
         if shapes != [t.shape for t in tensors_inside(_run_made_up(function, args, kwargs))]:
             raise Untraceable("shapes that depend on the values of tensors")
 
+        out = map_tensors(lambda t: t.detach().requires_grad_(grad and (t.is_floating_point() or t.is_complex())), out)
     numbers = [v for v in pytree.tree_leaves(out) if isinstance(v, (bool, int, float, complex))]
     if numbers:
         raise Untraceable(f"a Python value ({numbers[0]!r}) that a module gives which reads values of tensors")
-
-    def fake(t: Tensor) -> Tensor:
-        differentiable = grad and (t.is_floating_point() or t.is_complex())
-        return fake_mode.from_tensor(t.detach().requires_grad_(differentiable), static_shapes=True)
-
-    return map_tensors(fake, out)
+    return map_tensors(lambda t: fake_mode.from_tensor(t, static_shapes=True), out)
 
 
 def _run_made_up(function: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:

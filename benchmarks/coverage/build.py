@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -116,13 +117,19 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 
 def torchvision_names() -> list[str]:
+    """All registered models; one of each module first, so that a run that is cut short has seen every family."""
     from torchvision import models
 
-    return [
+    names = [
         f"{kind}/{n}"
         for kind in ("classification", "segmentation", "detection", "video", "optical_flow")
         for n in _torchvision_of(models, kind)
     ]
+    families: dict[str, str] = {}
+    for name in names:
+        families.setdefault(models.get_model_builder(name.rpartition("/")[2]).__module__, name)
+    firsts = set(families.values())
+    return sorted(names, key=lambda n: (n not in firsts, names.index(n)))
 
 
 def _torchvision_of(models: Any, kind: str) -> list[str]:
@@ -141,6 +148,11 @@ def torchvision_model(name: str) -> Built:
     )
     if "inception" in registered or "googlenet" in registered:
         extra["init_weights"] = False
+    size = 0
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some compute their widths with tensors
+        size = sum(p.numel() for p in models.get_model(registered, **extra).parameters())
+    if size > LIMIT:
+        raise CannotBuild(f"{size / 1e6:.0f} million parameters, too many for this machine")
     model = models.get_model(registered, **extra)
     if kind == "detection":
         images = [torch.rand(3, 96, 96), torch.rand(3, 96, 128)]
@@ -170,7 +182,9 @@ def timm_names() -> list[str]:
     """The smallest-named model of every module of timm: one a family."""
     import timm
 
-    return sorted(_timm_families(timm))
+    names = sorted(_timm_families(timm))
+    firsts = set({n.partition("/")[0]: n for n in reversed(names)}.values())
+    return sorted(names, key=lambda n: (n not in firsts, n))
 
 
 def _timm_families(timm: Any) -> dict[str, list[str]]:
@@ -189,14 +203,20 @@ def timm_model(name: str) -> Built:
     torch.manual_seed(0)
     sized = []
     for candidate in _timm_families(timm)[name][:60]:
-        try:
-            with torch.device("meta"):
-                sized.append((sum(p.numel() for p in timm.create_model(candidate).parameters()), candidate))
-        except Exception:  # noqa: BLE001 (some models cannot be made on meta)
-            continue
-    sized.sort()
-    chosen = sized[0][1] if sized else _timm_families(timm)[name][0]
-    model = timm.create_model(chosen)
+        for fewer in ({}, {"depth": 2}, {"depths": (1, 1, 1, 1)}):
+            try:
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in timm.create_model(candidate, **fewer).parameters())
+            except Exception:  # noqa: BLE001 (some models cannot be made on meta, or take no depth)
+                continue
+            sized.append((size, candidate, fewer))
+            if size < LIMIT / 3:
+                break
+    sized.sort(key=lambda s: s[0])
+    if sized and sized[0][0] > LIMIT:
+        raise CannotBuild(f"{sized[0][0] / 1e6:.0f} million parameters, too many for this machine")
+    _, chosen, fewer = sized[0] if sized else (0, _timm_families(timm)[name][0], {})
+    model = timm.create_model(chosen, **fewer)
     native = model.default_cfg.get("input_size", (3, 224, 224))
     sizes = dict.fromkeys([(native[0], 64, 64), (native[0], 128, 128), tuple(native)])
     return model, _first_that_runs(model, [(torch.randn(2, *s),) for s in sizes]), {}

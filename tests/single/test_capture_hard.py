@@ -1,0 +1,115 @@
+"""Hard cases: each is captured, whole and in stages, with the plain model's outputs, gradients and buffers; or refused in words."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopipe
+from autopipe.errors import CaptureError
+from benchmarks.coverage.compare import check
+from tests.single.hard_cases import CASES, WIDTH, Experts, Net, ReadsValue
+
+REFUSED = {
+    "layer drop drawn by Python": "random numbers drawn by Python",
+    "layer drop drawn by torch, read by Python": r"__bool__\(\)",
+    "noise drawn by numpy": "random numbers drawn by Python",
+    "numpy inside forward, without gradient": "numpy",
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_hard_case_is_right_or_refused_in_words(name: str) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about old weight_norm, scripts and the like
+        model, args, kwargs = CASES[name]()
+        answer = check(model, args, kwargs)
+    if name in REFUSED:
+        assert answer["outcome"] == "refused"
+        for part in ("module", "hard_cases.py:", "remedy"):
+            assert part in answer["why"]
+    else:
+        assert answer["outcome"] == "right", answer
+
+
+def net(function: Any, *modules: tuple[str, nn.Module]) -> Net:
+    return Net(function, lambda m: [m.add_module(n, v) for n, v in modules] and None)
+
+
+def test_the_report_names_route_modules_and_guards() -> None:
+    model = net(lambda n, h: n.experts(h), ("experts", Experts()))
+    text = autopipe.capture(model, (torch.randn(4, WIDTH),)).report()
+    assert "captured by: opaque" in text
+    assert "kept whole: experts (" in text
+    model = Net(lambda n, h, mask: h * 2 if mask.all() else h)
+    captured = autopipe.capture(model, (torch.randn(4, WIDTH), torch.ones(4, dtype=torch.bool)))
+    assert "checked at each run: Tensor.__bool__() gives True" in captured.report()
+    assert "test_capture_hard.py:" in captured.report()
+
+
+class DrawsInPython(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        import random
+
+        return x * 2 if random.random() < 0.5 else x
+
+
+def test_a_module_that_draws_in_python_is_kept_whole() -> None:
+    model = net(lambda n, h: n.draws(h), ("draws", DrawsInPython()))
+    captured = autopipe.capture(model, (torch.randn(4, WIDTH),))
+    assert set(captured.opaque) == {"draws"}
+    assert len({captured(torch.ones(4, WIDTH)).sum().item() for _ in range(20)}) == 2
+
+
+def test_nothing_of_the_recording_stays_in_the_model() -> None:
+    model = net(lambda n, h: n.alias(h) + n.kept["k"], ("other", nn.Linear(WIDTH, WIDTH)))
+    model.alias, model.kept, seen = model.first, {"k": torch.ones(WIDTH)}, []  # type: ignore[assignment]
+    model.other.register_forward_hook(lambda m, a, out: seen.append(out))  # type: ignore[union-attr]
+    model.function = (lambda n, h: n.kept.setdefault("new", n.other(h)) + n.alias(h),)
+    before = dict(model.named_parameters())
+    autopipe.capture(model, (torch.randn(4, WIDTH),), check=False)
+    assert set(model.kept) == {"k"}  # type: ignore[arg-type]
+    assert not seen
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+def test_numbers_that_a_module_reads_from_tensors_are_not_frozen() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x, int((x > 0).sum())
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts, self.linear = Counts(), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, number = self.counts(x)
+            return self.linear(y) * number
+
+    model = net(lambda n, h: n.uses(h), ("uses", Uses()))
+    captured = autopipe.capture(model, (torch.randn(4, WIDTH),))
+    assert set(captured.opaque) == {"uses"}
+    other = torch.randn(4, WIDTH)
+    assert torch.equal(captured(other), model(other))
+
+
+def test_a_value_of_the_inputs_is_guarded_and_the_rest_still_cut() -> None:
+    model = net(lambda n, h, mask: n.reads(h) if mask.all() else h, ("reads", ReadsValue()))
+    x, mask = torch.randn(4, WIDTH), torch.ones(4, dtype=torch.bool)
+    captured = autopipe.capture(model, (x, mask))
+    assert set(captured.opaque) == {"reads"}
+    with pytest.raises(RuntimeError, match="gave True, and now it gives False"):
+        captured(x, ~mask)
+
+
+def test_a_backward_hook_on_the_whole_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_full_backward_hook(lambda m, gi, go: None)
+    with pytest.raises(CaptureError, match="put it on a submodule"):
+        autopipe.capture(model, (torch.randn(3, 2),))
