@@ -143,10 +143,15 @@ def patched_vmap(call: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_checkpoint(enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
-    """Calls `enter` and `leave` around the body of every non-reentrant `torch.utils.checkpoint` region."""
+    """Calls `enter` and `leave` around the body of every non-reentrant `torch.utils.checkpoint` region.
+
+    From torch 2.14 `checkpoint` calls a generator whose name ends in `_impl`; the older name only forwards to it.
+    """
     from torch.utils import checkpoint
 
-    original = checkpoint._checkpoint_without_reentrant_generator
+    name = "_checkpoint_without_reentrant_generator"
+    name = f"{name}_impl" if hasattr(checkpoint, f"{name}_impl") else name
+    original = getattr(checkpoint, name)
 
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         inner = original(*args, **kwargs)
@@ -159,8 +164,8 @@ def patched_checkpoint(enter: Callable[[], None], leave: Callable[[], None]) -> 
         with contextlib.suppress(StopIteration):
             next(inner)
 
-    checkpoint._checkpoint_without_reentrant_generator = generator
+    setattr(checkpoint, name, generator)
     try:
         yield
     finally:
-        checkpoint._checkpoint_without_reentrant_generator = original
+        setattr(checkpoint, name, original)

@@ -25,6 +25,7 @@ from autopipe.capture.trace import Call, flatten_output
 from autopipe.stages import MODEL_INPUT, StageModule, StageSpec, cut, stage_module
 
 Observed = dict[str, Any]
+SLOW_S = 5  # of processor time; ten of these steps and their comparisons fit into the time limit of a loaded machine
 
 
 @contextlib.contextmanager
@@ -238,12 +239,15 @@ def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for training in (True, False):
         mode = "train" if training else "eval"
         model.train(training)
+        begun = time.process_time()
         try:
             first, second = (observe(model, lambda: plain(model, args, kwargs), None) for _ in range(2))
         except Exception as cause:  # noqa: BLE001 (a model that does not run by itself is no case)
             if training:
                 return answer | {"outcome": "skipped", "why": f"the plain model fails in {mode} mode: {_short(cause)}"}
             return answer | {"note": f"not run in eval mode: {_short(cause)}"}
+        if training and time.process_time() - begun > 2 * SLOW_S:
+            return answer | {"outcome": "skipped", "why": f"a step of the plain model takes more than {SLOW_S} s here"}
         if noise := difference(second, first):
             return answer | {
                 "outcome": "skipped",
