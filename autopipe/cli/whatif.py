@@ -44,9 +44,14 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     if asked.keys() <= {"memory_limit_bytes", "data_parallel"}:
         return new
     timeline = simulate(plan, num_microbatches=new.num_microbatches, schedule=new.schedule, link=new.link)
-    stages = tuple(
-        dataclasses.replace(s, peak_bytes=peak, activation_bytes=max(s.activation_bytes + peak - s.peak_bytes, 0))
-        for s, peak in zip(plan.stages, timeline.peak_bytes, strict=True)
+    one_each = len(timeline.peak_bytes) == len(plan.stages)  # the peak of a rank is that of its stage
+    stages = (
+        plan.stages
+        if not one_each
+        else tuple(
+            dataclasses.replace(s, peak_bytes=peak, activation_bytes=max(s.activation_bytes + peak - s.peak_bytes, 0))
+            for s, peak in zip(plan.stages, timeline.peak_bytes, strict=True)
+        )
     )
     unknown: dict[str, Any] = {"lower_bound_us": 0.0, "bottleneck_bound_us": 0.0, "proved": False, "baselines": ()}
     return dataclasses.replace(
@@ -57,7 +62,8 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
 def _bubble(plan: Plan, step_us: float) -> float:
     """The share of the devices' time in which they do not compute, as the planner counts it."""
     busy = plan.num_microbatches * sum(stage.forward_us + stage.backward_us for stage in plan.stages)
-    return max(1 - busy / (plan.num_stages * step_us), 0.0) if step_us else 0.0
+    num_ranks = plan.num_ranks or plan.num_stages
+    return max(1 - busy / (num_ranks * step_us), 0.0) if step_us else 0.0
 
 
 def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:

@@ -16,8 +16,6 @@ from autopipe.plan import Plan
 def megatron_layout(plan: Plan) -> str:
     """The two arguments that tell Megatron-LM how many layers each stage has; its model must have the same layers.
 
-    Under an interleaved schedule the first is left to you: the number of stages is a multiple of it.
-
     Raises:
         PlanError: the model is no stack of transformer layers, or the layout cannot express the cut.
     """
@@ -37,8 +35,8 @@ def megatron_layout(plan: Plan) -> str:
     stages = ["t" * counts[stage] for stage in range(plan.num_stages)]
     stages[0] = "E" + stages[0]
     stages[-1] += "L"
-    size = f"--pipeline-model-parallel-size {plan.num_stages}\n" if plan.schedule != "interleaved" else ""
-    return f'{size}--pipeline-model-parallel-layout "{"|".join(stages)}"\n'
+    ranks = plan.num_ranks or plan.num_stages
+    return f'--pipeline-model-parallel-size {ranks}\n--pipeline-model-parallel-layout "{"|".join(stages)}"\n'
 
 
 def _stack(units: list[Unit]) -> list[Unit]:

@@ -9,7 +9,7 @@ from autopipe.plan import Plan
 
 TEMPLATE = '''"""Plan {hash} under torch.distributed.pipelining: {stages} stages, {count} micro-batches.
 
-    torchrun --nproc-per-node {stages} THIS_FILE         or, with several stages a rank, --nproc-per-node any divisor of {stages}
+    torchrun --nproc-per-node {ranks} THIS_FILE         (any divisor of {stages} runs: several stages a rank are interleaved)
 
 Written by `autopipe export`. `stages()` gives this rank's stages; `main()` runs one step on the example batch.
 """
@@ -101,6 +101,7 @@ def torch_script(plan: Plan, model: str | None) -> str:
     return TEMPLATE.format(
         hash=plan.plan_hash,
         stages=plan.num_stages,
+        ranks=plan.num_ranks or plan.num_stages,
         count=plan.num_microbatches,
         model=model,
         plan=json.dumps(plan.to_json()),

@@ -40,14 +40,8 @@ def torchtitan_modules(plan: Plan) -> str:
         f"# plan {plan.plan_hash}: {plan.num_stages} stages, {plan.num_microbatches} micro-batches of {plan.microbatch_size}\n"
         "# modules that have parameters; add the names of parameterless modules that the forward calls\n"
         "[parallelism]\n"
-        f"{_degree(plan)}\n"
+        f"pipeline_parallel_degree = {plan.num_ranks or plan.num_stages}\n"
         f'pipeline_parallel_schedule = "{SCHEDULES[plan.schedule]}"\n'
         f"pipeline_parallel_microbatch_size = {plan.microbatch_size}\n"
         f"module_fqns_per_model_part = [\n{rows}\n]\n"
     )
-
-
-def _degree(plan: Plan) -> str:
-    if plan.schedule == "interleaved":
-        return f"# pipeline_parallel_degree = your number of processes, of which {plan.num_stages} is a multiple"
-    return f"pipeline_parallel_degree = {plan.num_stages}"

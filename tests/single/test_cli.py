@@ -263,3 +263,19 @@ def test_measured_needs_its_file_alone(plan: str, tmp_path: Path, capsys: pytest
     fails(capsys, 2, "--measured and a model", "report", "--plan", plan, "--measured", "run.json")
     fails(capsys, 2, "--trace without --measured", "report", "--plan", plan, "--trace", "trace.json")
     fails(capsys, 2, "cannot read", "report", "--measured", str(tmp_path / "no.json"))
+
+
+def test_an_interleaved_plan_is_played_with_other_micro_batches(
+    profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "many.json"
+    assert (
+        main(["plan", "--profile", profile, "--num-stages", "4", "--num-microbatches", "4", "-o", str(path), "--quiet"])
+        == 0
+    )
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "schedule": "interleaved", "num_ranks": 2}))
+    assert main(["report", "--plan", str(path), "--num-microbatches", "8", "--format", "json"]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert 0 < more["bubble"] < 1
+    assert main(["report", "--plan", str(path), "-o", str(tmp_path / "page.html"), "--quiet"]) == 0

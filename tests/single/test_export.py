@@ -43,9 +43,11 @@ def test_torchtitan_names_the_modules_of_each_stage() -> None:
     assert config["module_fqns_per_model_part"] == UNITS
     assert config["pipeline_parallel_degree"] == 2
     assert config["pipeline_parallel_microbatch_size"] == 2
-    many = tomllib.loads(export(dataclasses.replace(GPT, schedule="interleaved"), "torchtitan"))["parallelism"]
-    assert "pipeline_parallel_degree" not in many
-    assert many["pipeline_parallel_schedule"] == "Interleaved1F1B"
+    many = plan(*[(f"h.{k}.w",) for k in range(4)], schedule="interleaved", num_ranks=2)
+    config = tomllib.loads(export(many, "torchtitan"))["parallelism"]
+    assert config["pipeline_parallel_degree"] == 2
+    assert config["pipeline_parallel_schedule"] == "Interleaved1F1B"
+    assert export(many, "megatron").splitlines()[0] == "--pipeline-model-parallel-size 2"
 
 
 def test_deepspeed_lists_layers_with_boundaries() -> None:
