@@ -67,10 +67,10 @@ def _objective(outputs: list[Tensor], loss: int | None) -> Tensor | None:
     return total
 
 
-def observe(model: nn.Module, run: Callable[[], list[Tensor]], loss: int | None) -> Observed:
+def observe(model: nn.Module, run: Callable[[], list[Tensor]], loss: int | None, seed: int = 7) -> Observed:
     """Outputs, gradients and buffers of one run from a fixed seed."""
     with _put_back(model):
-        _seed()
+        _seed(seed)
         outputs = run()
         seen: Observed = {f"output {i}": o.detach().clone() for i, o in enumerate(outputs)}
         objective = _objective(outputs, loss)
@@ -79,10 +79,10 @@ def observe(model: nn.Module, run: Callable[[], list[Tensor]], loss: int | None)
         return seen | _state(model)
 
 
-def _seed() -> None:
-    torch.manual_seed(7)
-    random.seed(7)
-    np.random.seed(7)
+def _seed(seed: int = 7) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _state(model: nn.Module) -> Observed:

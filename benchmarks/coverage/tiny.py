@@ -110,6 +110,8 @@ def shrunk(config: Any, rule: Callable[[str, int], int], lists: bool) -> dict[st
             new_list = _lists(name, list(own))
             if new_list != list(own):
                 found[name] = type(own)(new_list)
+    if getattr(config, "vocab_size", 0) is None:
+        found["vocab_size"] = VOCAB
     depth = found.get("num_hidden_layers")
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "block_types"):
         kinds = getattr(config, name, None)
