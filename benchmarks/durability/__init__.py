@@ -1,0 +1,1 @@
+"""What a run survives, one file a matrix."""
