@@ -10,6 +10,7 @@ from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
 from autopipe.simulate import simulate
+from autopipe.simulate.reschedule import bubble_of
 from profiler.records import LinkProfile
 
 
@@ -54,16 +55,8 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
         )
     )
     unknown: dict[str, Any] = {"lower_bound_us": 0.0, "bottleneck_bound_us": 0.0, "proved": False, "baselines": ()}
-    return dataclasses.replace(
-        new, stages=stages, step_us=timeline.makespan_us, bubble=_bubble(new, timeline.makespan_us), **unknown
-    )
-
-
-def _bubble(plan: Plan, step_us: float) -> float:
-    """The share of the devices' time in which they do not compute, as the planner counts it."""
-    busy = plan.num_microbatches * sum(stage.forward_us + stage.backward_us for stage in plan.stages)
-    num_ranks = plan.num_ranks or plan.num_stages
-    return max(1 - busy / (num_ranks * step_us), 0.0) if step_us else 0.0
+    bubble = bubble_of(new, new.num_ranks or new.num_stages, timeline.makespan_us)
+    return dataclasses.replace(new, stages=stages, step_us=timeline.makespan_us, bubble=bubble, **unknown)
 
 
 def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:

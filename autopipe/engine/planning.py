@@ -19,7 +19,7 @@ from autopipe.engine.layout import Layout
 from autopipe.errors import ConfigError, PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
-from autopipe.simulate import simulate
+from autopipe.simulate import rescheduled
 from profiler.records import LinkProfile
 
 
@@ -106,7 +106,7 @@ def make_plan(
         )
 
     plan = context.once(measure_and_cut)
-    return plan if layout.num_ranks == num_stages else interleaved_plan(plan, layout.num_ranks)
+    return plan if layout.num_ranks == num_stages else rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
 
 
 def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
@@ -114,15 +114,6 @@ def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
     if layout.num_ranks == 1:
         return None
     return context.agree(lambda: profiler.measure_link(device=context.device))
-
-
-def interleaved_plan(plan: Plan, num_ranks: int) -> Plan:
-    """The same stages dealt over fewer ranks, with the simulated step of that schedule."""
-    dealt = dataclasses.replace(plan, schedule="interleaved", num_ranks=num_ranks)
-    timeline = simulate(dealt)
-    return dataclasses.replace(
-        dealt, step_us=timeline.makespan_us, bubble=timeline.mean_bubble, lower_bound_us=0.0, proved=False
-    )
 
 
 def memory_limit(config: PipelineConfig, context: Context) -> int | None:

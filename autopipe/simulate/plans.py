@@ -28,9 +28,17 @@ def simulate(
 
 
 def plan_schedule(
-    plan: Plan, *, num_microbatches: int | None = None, schedule: str | None = None, link: LinkProfile | None = None
+    plan: Plan,
+    *,
+    num_microbatches: int | None = None,
+    schedule: str | None = None,
+    link: LinkProfile | None = None,
+    num_ranks: int | None = None,
 ) -> Schedule:
-    """The schedule of a plan: an edge for each transfer, and a reduction for each set of stages that share a parameter."""
+    """The schedule of a plan: an edge for each transfer, and a reduction for each set of stages that share a parameter.
+
+    `num_ranks` deals the stages over other ranks than the plan does.
+    """
     groups = sorted({tuple(sorted(set(stages))) for stages in plan.ties.values() if len(set(stages)) > 1})
     return build_schedule(
         plan.schedule if schedule is None else schedule,
@@ -39,7 +47,7 @@ def plan_schedule(
         [Edge(t.source, t.target, t.backward_bytes > 0) for t in plan.transfers],
         costs=plan_costs(plan, link),
         reductions=groups,
-        num_ranks=plan.num_ranks or None,
+        num_ranks=num_ranks or plan.num_ranks or None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from autopipe.schedule.actions import Edge
+from autopipe.schedule.actions import COMPUTES, Edge
 from autopipe.schedule.costs import Link
 from autopipe.schedule.orders import ORDERS
 from autopipe.schedule.program import Program, unroll
@@ -24,6 +24,9 @@ def step_time_us(
     links: Mapping[tuple[int, int], Link],
     num_microbatches: int,
     schedule: str = "1f1b",
+    *,
+    num_ranks: int | None = None,
+    weight_share: float = 0.5,
 ) -> float:
     """Makespan of a step; equal to that of `simulate_schedule` on the schedule that was built with the same costs.
 
@@ -32,15 +35,19 @@ def step_time_us(
         links: for each (source, target) stage, how long a transfer and its gradient hold the link; a gradient time of None says
             that no gradient comes back.
         num_microbatches: M, at least 1.
-        schedule: `1f1b`, `gpipe` or `forward`.
+        schedule: a kind that `build_schedule` knows.
+        num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
+        weight_share: the part of the backward that computes weight gradients, where the schedule splits it.
     """
     pairs = tuple(sorted(links))
     edges = tuple((s, t, links[s, t][1] is not None) for s, t in pairs)
     forward_links = [links[pair][0] for pair in pairs]
     backward_links = [links[pair][1] or 0.0 for pair in pairs]
     timed_links = any(forward_links) or any(backward_links)
-    rows = _rows(schedule, len(forward_us), num_microbatches, edges, timed_links)
-    return _longest_path(rows, [0.0, *forward_us, *backward_us, *forward_links, *backward_links])
+    rows = _rows(schedule, len(forward_us), num_microbatches, edges, timed_links, num_ranks or len(forward_us))
+    inputs = [b * (1 - weight_share) for b in backward_us]
+    weights = [b * weight_share for b in backward_us]
+    return _longest_path(rows, [0.0, *forward_us, *backward_us, *inputs, *weights, *forward_links, *backward_links])
 
 
 def _longest_path(rows: tuple[Row, ...], duration_us: list[float]) -> float:
@@ -60,10 +67,15 @@ def _longest_path(rows: tuple[Row, ...], duration_us: list[float]) -> float:
 
 @lru_cache(maxsize=256)
 def _rows(
-    kind: str, num_stages: int, num_microbatches: int, edges: tuple[tuple[int, int, bool], ...], timed_links: bool
+    kind: str,
+    num_stages: int,
+    num_microbatches: int,
+    edges: tuple[tuple[int, int, bool], ...],
+    timed_links: bool,
+    num_ranks: int,
 ) -> tuple[Row, ...]:
     graph = [Edge(*edge) for edge in edges]
-    program = unroll(ORDERS[kind](num_stages, num_microbatches, num_stages), graph, forward_only=kind == "forward")
+    program = unroll(ORDERS[kind](num_stages, num_microbatches, num_ranks), graph, forward_only=kind == "forward")
     column = {(e.source, e.target): i for i, e in enumerate(graph)}
     return _compile(program, num_stages, column, timed_links)
 
@@ -85,13 +97,11 @@ def _compile(
             before = [len(rows), *before[3:]]
         match action.kind:
             case "SEND_F":
-                duration = 1 + 2 * num_stages + column[action.stage, action.peer]
+                duration = 1 + 4 * num_stages + column[action.stage, action.peer]
             case "SEND_B":
-                duration = 1 + 2 * num_stages + len(column) + column[action.peer, action.stage]
-            case "F":
-                duration = 1 + action.stage
-            case _:
-                duration = 1 + num_stages + action.stage
+                duration = 1 + 4 * num_stages + len(column) + column[action.peer, action.stage]
+            case kind:
+                duration = 1 + COMPUTES.index(kind) * num_stages + action.stage
         before += [0] * (3 - len(before))
         rows.append((before[0], before[1], before[2], duration))
         row_of.append(len(rows))

@@ -130,14 +130,16 @@ def test_against_an_independent_recurrence() -> None:
     assert statistics.median(slower) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "forward"])
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "forward", "zb-h1", "interleaved"])
 def test_fast_step_time_equals_the_simulated(kind: str) -> None:
     rnd = random.Random(4)
     for trial in range(150):
         num_stages, num_microbatches = rnd.randint(1, 9), rnd.randint(1, 20)
         edges, costs = random_problem(rnd, num_stages, skips=trial % 2 == 0)
-        schedule = build_schedule(kind, num_stages, num_microbatches, edges, costs=costs)
-        fast = step_time_us(costs.forward_us, costs.backward_us, costs.links, num_microbatches, kind)
+        ranks = rnd.randint(1, num_stages) if kind in ("interleaved", "forward") else num_stages
+        schedule = build_schedule(kind, num_stages, num_microbatches, edges, costs=costs, num_ranks=ranks)
+        times = (costs.forward_us, costs.backward_us, costs.links)
+        fast = step_time_us(*times, num_microbatches, kind, num_ranks=ranks)
         assert fast == simulate_schedule(schedule, costs).makespan_us
 
 

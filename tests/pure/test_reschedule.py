@@ -1,0 +1,60 @@
+"""A plan under another schedule: the times and memory are those that the simulator gives for it."""
+
+import pytest
+
+from autopipe.errors import ScheduleError
+from autopipe.plan import Plan, StagePlan, Transfer
+from autopipe.simulate import fastest_schedule, rank_peak_bytes, rescheduled, schedules_for, simulate
+
+
+def plan(num_stages: int = 4, num_microbatches: int = 8, **values: object) -> Plan:
+    in_flight = [min(num_stages - k, num_microbatches) for k in range(num_stages)]
+    stages = tuple(
+        StagePlan(
+            index=k,
+            nodes=(f"n{k}",),
+            forward_us=1.0,
+            backward_us=2.0,
+            peak_bytes=100 + 10 * n,
+            activation_bytes=10 * n,
+        )
+        for k, n in enumerate(in_flight)
+    )
+    transfers = tuple(
+        Transfer(source=k, target=k + 1, nodes=(f"n{k}",), forward_bytes=8, backward_bytes=8)
+        for k in range(num_stages - 1)
+    )
+    return Plan(
+        graph_hash="g",
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        stages=stages,
+        transfers=transfers,
+        lower_bound_us=5.0,
+        **values,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_times_and_memory_are_those_of_the_simulator(schedule: str) -> None:
+    other = rescheduled(plan(), schedule)
+    timeline = simulate(other)
+    assert other.step_us in (0.0, timeline.makespan_us)  # a plan under its own schedule stays as it is
+    assert rank_peak_bytes(other) == timeline.peak_bytes == tuple(s.peak_bytes for s in other.stages)
+    assert rescheduled(other, "1f1b").stages == plan().stages
+
+
+def test_stages_are_dealt_over_fewer_ranks() -> None:
+    dealt = fastest_schedule(plan(), num_ranks=2)
+    assert (dealt.schedule, dealt.num_ranks, dealt.lower_bound_us) == ("interleaved", 2, 0.0)
+    assert dealt.step_us == simulate(dealt).makespan_us == 3.0 * (8 * 2 + 1)
+
+
+def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
+    assert fastest_schedule(plan(), schedules=["1f1b", "gpipe"]).schedule == "1f1b"
+    # Too little memory for either: the one that needs less.
+    assert fastest_schedule(plan(memory_limit_bytes=50), schedules=["gpipe", "1f1b"]).schedule == "1f1b"
+    assert schedules_for(4, 4)[0] == "1f1b"
+    assert schedules_for(4, 2) == ("interleaved",)
+    with pytest.raises(ScheduleError, match="2 stages on 4 ranks"):
+        fastest_schedule(plan(2), num_ranks=4)
