@@ -10,7 +10,9 @@ torchvision and timm need a torch of their own: run these lists in that environm
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import math
 import os
 import sys
 import warnings
@@ -45,6 +47,8 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=120)
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="start no model after this time")
+    parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again: skipped, refused, wrong, error")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md and docs/coverage.json")
     options = parser.parse_args()
@@ -58,11 +62,15 @@ def main() -> None:
             importlib.import_module(module)
         from benchmarks.coverage import build, pool
 
-        names = [n for n in build.LISTS[kind][0]() if not options.only or any(o in n for o in options.only)]
         out = options.out / f"{kind}{'-peers' if options.peers else ''}.jsonl"
-        pool.run_all(
-            names, lambda name, kind=kind: work(kind, options.peers, name), out, options.workers, options.limit_s
-        )
+        done = {n for n, one in pool.read(out).items() if one["outcome"] not in options.again}
+        if options.peers:  # what could not be built is not built again
+            done |= {n for n, one in pool.read(options.out / f"{kind}.jsonl").items() if one["outcome"] == "skipped"}
+        names = [n for n in build.LISTS[kind][0]() if not options.only or any(o in n for o in options.only)]
+        names = [n for n in names if n not in done]
+        run = functools.partial(work, kind, options.peers)
+        left = pool.run_all(names, run, out, options.workers, options.limit_s, options.budget_s)
+        print(f"{kind}: {left} left", flush=True)
     if options.write:
         from benchmarks.coverage import table
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.effects import remove_dead_code
-from autopipe.capture.guards import guard, guard_shape
+from autopipe.capture.guards import guard, guard_plain, guard_shape
 from autopipe.capture.regions import compute_nodes, emit_regions, is_region_node
 from autopipe.errors import CaptureError
 
@@ -127,6 +127,8 @@ class Captured:
             place = node.meta.get("source", "")
             if node.target is guard:
                 found.append(f"Tensor.{node.args[0]}() gives {node.args[1]!r}, {place}")
+            elif node.target is guard_plain:
+                found.append(f"{node.args[0]} has numbers {node.args[1]} beside its tensors, {place}")
             elif node.target is guard_shape:
                 found.append(f"{node.args[0]} has shape {node.args[1]}, {place}")
         return tuple(found)

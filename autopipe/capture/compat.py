@@ -38,6 +38,11 @@ def swap_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
             owner._buffers.update(buffers)
 
 
+def is_torch_file(filename: str) -> bool:
+    """Whether a source file is torch's own."""
+    return filename.startswith(f"{torch.__path__[0]}/")
+
+
 def is_scripted(module: nn.Module) -> bool:
     """Whether the module is torch.jit's: its parameters live outside of Python and cannot be swapped."""
     return isinstance(module, torch.jit.ScriptModule)

@@ -2,7 +2,8 @@
 
 From the writes follow the groups of nodes that must stay on one stage and in order: a tensor that is written in place,
 its views, and whoever reads them before the last write, or afterwards through a name that is older than the write. A node
-whose value is a tuple stays with those that take it apart, so that only tensors cross between stages.
+whose value is a tuple stays with those that take it apart, so that only tensors cross between stages; a tensor whose shape
+depends on values stays with its readers, so that those that cross have the shapes that were planned.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.capture.compat import storage_key
@@ -25,16 +27,21 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices whether an operator that draws random numbers, or whose shape depends on values, has run since both were cleared."""
+    """Notices operators that draw random numbers, whose shape depends on values, or by which Python reads a value."""
 
-    drawn = False
-    shaped_by_values = False
+    drawn = shaped_by_values = read = False
+
+    def clear(self) -> None:
+        """Forgets what has run."""
+        self.drawn = self.shaped_by_values = self.read = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.drawn = True
         if torch.Tag.dynamic_output_shape in func.tags:
             self.shaped_by_values = True
+        if torch.Tag.data_dependent_output in func.tags:
+            self.read = True
         return func(*args, **(kwargs or {}))
 
 
@@ -82,6 +89,7 @@ class Effects:
 
         together = [self._members(key, writers, order) for key, writers in self._writers.items()]
         together += [[n, *n.users] for n in order if n.op.startswith("call") and _is_compound(n.meta.get("val"))]
+        together += [[n, *n.users] for n in order if n.meta.get("varying")]
         together += [[n for n in nodes if n in order] for nodes in self._together]
         together += [_differentiated(n) for n in order if n.target is torch.autograd.grad]
         for members in together:
@@ -146,3 +154,13 @@ def _alias_inputs(node: fx.Node, key: int) -> list[fx.Node]:
 def remove_dead_code(graph: fx.Graph) -> None:
     """Removes nodes that nobody reads; those marked with an effect stay. The graph must hold no mode switches."""
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or bool(n.meta.get("effect")))
+
+
+def hidden_writes(target: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that a call writes without counting up their version: the running statistics of functional norms."""
+    if target in (F.batch_norm, F.instance_norm):
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        updates = given.get("training", False) if target is F.batch_norm else given.get("use_input_stats", True)
+        return [given[n] for n in names[1:3] if updates and given.get(n) is not None]
+    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
 
 from autopipe.capture.compat import without_torch_function
-from autopipe.capture.objects import map_tensors
+from autopipe.capture.objects import map_tensors, plain_values, tensors_inside
+from autopipe.capture.places import Places
 
 _REMEDY = "keep the code that reads it in one submodule, or make it tensor code such as torch.where"
 
@@ -32,6 +34,48 @@ def guard_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
             f"the model was captured while a tensor whose shape depends on values had shape {expected}, and now it has "
             f"{tuple(tensor.shape)}; remedy: {_REMEDY}"
         )
+
+
+def guard_plain(value: Any, numbers: list[Any], shapes: list[tuple[int, ...]] | None) -> None:
+    """Raises where code kept whole gives other numbers beside its tensors, or other shapes, than when the model was captured."""
+    seen = {"numbers": (plain_values(value), numbers)}
+    if shapes is not None:
+        seen["shapes"] = [tuple(t.shape) for t in tensors_inside(value)], [tuple(s) for s in shapes]
+    for what, (got, expected) in seen.items():
+        if got != expected:
+            raise RuntimeError(
+                f"the model was captured while code that reads values gave the {what} {expected!r}, and now it gives {got!r}; "
+                f"remedy: capture the model again, or keep the code that uses them in one submodule"
+            )
+
+
+GUARDS = (guard, guard_shape, guard_plain)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permission:
+    """Where values of tensors that Python reads may become guards.
+
+    Attributes:
+        on_fakes: the recording runs on fake tensors, whose values must be computed from the inputs.
+        everywhere: they may be in all code.
+        places: modules, and methods as `name:method`, in whose own code they may.
+        of: finds the method that runs.
+    """
+
+    on_fakes: bool
+    everywhere: bool
+    places: frozenset[str]
+    of: Places
+
+    def given(self, module: str) -> bool:
+        """Whether a value that is read now, while `module` is the innermost that runs, may become a guard."""
+        if self.everywhere:
+            return True
+        if module not in self.places:
+            return False
+        method = None if self.on_fakes else self.of.method_now()
+        return method is None or method in self.places
 
 
 def ctc_twin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -106,9 +150,7 @@ class Evaluator:
             return self._constants[str(node.target)]
         if node.op == "get_attr" and node.target in self._attributes:
             return self._attributes[str(node.target)]
-        touched = any(
-            user.meta.get("writes") and user.target not in (guard, guard_shape) for user in [node, *node.users]
-        )
+        touched = any(user.meta.get("writes") and user.target not in GUARDS for user in [node, *node.users])
         if node.op not in ("call_function", "call_method") or node.meta.get("random") or touched:
             raise self._untraceable(
                 "a value of a tensor that Python reads, and that does not follow from the inputs alone"

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from autopipe.capture.compat import (
@@ -22,8 +23,9 @@ from autopipe.capture.compat import (
     without_torch_function,
 )
 from autopipe.capture.hooks import call_with_hooks
-from autopipe.capture.objects import holds_state
-from autopipe.capture.opaque import materialise, run_module
+from autopipe.capture.objects import holds_state, tensors_inside
+from autopipe.capture.opaque import materialise, run_module, shapes_vary
+from autopipe.capture.places import MethodModule, method_target
 from autopipe.capture.recorder import Recorder, Untraceable
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -133,12 +135,48 @@ class ModuleCalls:
                 return original(module, *args, **kwargs)
 
         own = [*module.parameters(), *module.buffers()]
+        whole = name in self._opaque and self._fake_mode is None
+
+        def varies(out: Any) -> bool:
+            return shapes_vary(lambda *a, **k: original(module, *a, **k), module, args, kwargs, out)
+
         state = random.getstate(), np.random.get_state()
         try:
-            return self._recorder.record("call_module", name, args, kwargs, run, reads=own)
+            return self._recorder.record(
+                "call_module", name, args, kwargs, run, reads=own, varies=varies if whole else None
+            )
         finally:  # what a module that is kept whole draws, it draws again at every run
             random.setstate(state[0])
             np.random.set_state(state[1])
+
+    @contextlib.contextmanager
+    def whole_methods(self, model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+        """While open, calls of the methods among the places kept whole are one node each; gives the modules that these nodes name."""
+        found = dict[str, nn.Module]()
+        for place in sorted(p for p in self._opaque if ":" in p):
+            name, _, method = place.partition(":")
+            owner = model.get_submodule(name)
+            target, found[target] = method_target(place), MethodModule(owner, method)
+            owner.__dict__[method] = self._whole_method(target, found[target], owner)
+        yield found  # `trace` puts back what was assigned to attributes
+
+    def _whole_method(self, target: str, module: nn.Module, owner: nn.Module) -> Callable[..., Any]:
+        recorder = self._recorder
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if recorder.inside:
+                return module.forward(*args, **kwargs)
+
+            def run() -> Any:
+                with _NoAttributes(recorder):
+                    return module.forward(*args, **kwargs)
+
+            def varies(out: Any) -> bool:
+                return shapes_vary(module.forward, owner, args, kwargs, out)
+
+            return recorder.record("call_module", target, args, kwargs, run, varies=varies)
+
+        return call
 
     def _run_on_real_tensors(
         self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any
@@ -198,6 +236,19 @@ class ModuleCalls:
     def _leave_checkpoint(self) -> None:
         if not self._recorder.inside:
             self._recorder.checkpoint_region = self._outer_regions.pop()
+
+
+class _NoAttributes(TorchFunctionMode):
+    """Raises where code reads a parameter or buffer of the model: a method that is kept whole has no place for them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(self._recorder.is_attribute(t) for t in tensors_inside((args, kwargs or {}))):
+            raise Untraceable("a method that reads values of tensors, and parameters or buffers of the model")
+        return func(*args, **(kwargs or {}))
 
 
 def _python_random() -> tuple[Any, ...]:

@@ -38,6 +38,17 @@ def tensors_inside(value: Any, depth: int = 0) -> list[Tensor]:
     return found
 
 
+def plain_values(value: Any, depth: int = 0) -> list[Any]:
+    """Every number and string in nested containers and in the attributes of objects, in order."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, (bool, int, float, complex, str)):
+            found.append(leaf)
+        elif depth < _MAX_DEPTH and (attributes := attributes_of(leaf)):
+            found += plain_values(attributes, depth + 1)
+    return found
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any, depth: int = 0) -> Any:
     """The value with `function` of every tensor in the place of the tensor; objects that hold any are copied."""
 

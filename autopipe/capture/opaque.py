@@ -62,11 +62,41 @@ def real_like(
 
 def _run_made_up(function: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
     given = map_tensors(materialise, (args, kwargs))
-    before = [id(t) for t in tensors_inside(given)]
+    before = [(id(t), t._version) for t in tensors_inside(given)]
     out = function(*given)
-    if [id(t) for t in tensors_inside(given)] != before:
-        raise Untraceable("a change of the tensors in an object that a module is given, by a module that is kept whole")
+    if [(id(t), t._version) for t in tensors_inside(given)] != before:
+        raise Untraceable("a change of the tensors that a module is given, by a module that is kept whole")
     return out
+
+
+def shapes_vary(function: Callable[..., Any], owner: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes, or nothing, for its inputs in another order.
+
+    The buffers of `owner` are put back.
+    """
+    shapes = [t.shape for t in tensors_inside(out)]
+    buffers = [(b, b.detach().clone()) for b in owner.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(2):
+                other_args, other_kwargs = map_tensors(_shuffled, (args, kwargs))
+                if [t.shape for t in tensors_inside(function(*other_args, **other_kwargs))] != shapes:
+                    return True
+        return False
+    except Exception:  # noqa: BLE001 (code that cannot take other values has no known shapes for them)
+        return True
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _shuffled(tensor: Tensor) -> Tensor:
+    """The values of a tensor of numbers in another order; whole numbers, which may be indices, as they are."""
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        return tensor.detach().clone()
+    value = tensor.detach().flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape)
+    return value.requires_grad_(tensor.requires_grad)
 
 
 def materialise(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 import types
 from collections.abc import Callable
 from enum import Enum
@@ -18,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.compat import without_torch_function
-from autopipe.capture.effects import Effects, RandomWatch, tensors_in
-from autopipe.capture.guards import Evaluator, ctc_twin, drawn_at_random, guard, guard_shape
-from autopipe.capture.objects import attributes_of, make_object, make_registered
+from autopipe.capture.effects import Effects, RandomWatch, hidden_writes, tensors_in
+from autopipe.capture.guards import Evaluator, Permission, ctc_twin, drawn_at_random, guard, guard_plain, guard_shape
+from autopipe.capture.objects import attributes_of, make_object, make_registered, plain_values
+from autopipe.capture.places import source_line
 from autopipe.capture.regions import RegionReader
 
 # Python-level methods of Tensor; some of them carry a misleading __name__.
@@ -58,16 +58,10 @@ class Recorder(TorchFunctionMode):
 
     Args:
         attributes: parameters and buffers as the model sees them while it is recorded, by canonical name.
-        guarded: record values that Python reads from tensors as equality guards, instead of refusing them.
-        guard_in: modules in whose own code values that `evaluate` can compute become guards too.
+        permission: where values that Python reads from tensors become equality guards, instead of being refused.
     """
 
-    def __init__(
-        self,
-        attributes: dict[str, Tensor],
-        guarded: bool = False,
-        guard_in: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, attributes: dict[str, Tensor], permission: Permission) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Any] = {}
@@ -76,14 +70,14 @@ class Recorder(TorchFunctionMode):
         self.module_stack: dict[str, tuple[str, type]] = {}
         self.checkpoint_region: int | None = None
         self.inside = 0  # depth of calls that are recorded as one node: what they call is not recorded
-        self._guarded, self._guard_in = guarded, guard_in
+        self._permission = permission
         self._evaluate: Evaluator | None = None
         self._names = {id(t): name for name, t in reversed(attributes.items())}
         self._bound: dict[int, tuple[Tensor, fx.Node]] = {}
         self._attributes = attributes
 
     def evaluate_with(self, evaluate: Evaluator) -> None:
-        """`evaluate`: finds real values; raises `Untraceable` where these need more than the inputs."""
+        """`evaluate`: finds the values behind fake tensors; raises `Untraceable` where these need more than the inputs."""
         self._evaluate = evaluate
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
@@ -152,17 +146,32 @@ class Recorder(TorchFunctionMode):
         return self.graph.create_node("get_attr", name)
 
     def record(
-        self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[], Any], reads: list[Tensor] | None = None
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        run: Callable[[], Any],
+        reads: list[Tensor] | None = None,
+        varies: Callable[[Any], bool] | None = None,
     ) -> Any:
-        """Runs a call as one node. `reads`: tensors that it touches beside its arguments (a module's own)."""
+        """Runs a call as one node.
+
+        Args:
+            reads: tensors that it touches beside its arguments (a module's own).
+            varies: of code kept whole that runs on real tensors, whether the shapes of what it gave depend on values.
+        """
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         inputs = tensors_in(args, kwargs) + (reads or [])
         seen = self.effects.before(inputs)
-        self.random.drawn = self.random.shaped_by_values = False
+        self.random.clear()
         self.inside += 1
+        varying: bool | None = None
         try:
             with self.random:
                 out = run()
+            if varies is not None and (self.random.read or self.random.shaped_by_values):
+                varying = varies(out)
         except DynamicOutputShapeException:
             out = ctc_twin(args, kwargs) if target is F.ctc_loss else None
             out = self._evaluated(op, target, node_args, node_kwargs) if out is None else out
@@ -176,20 +185,44 @@ class Recorder(TorchFunctionMode):
             self.effects.after(node, seen, out, hidden_writes(target, args, kwargs))
         if self.random.drawn:
             node.meta["random"] = True
-        self._bind(out, node)
-        if self.random.shaped_by_values and op != "call_module" and isinstance(out, Tensor):
+        if varying is not None:
+            self._guard_whole(node, out, varying)
+        elif self.random.shaped_by_values and op != "call_module" and isinstance(out, Tensor):
+            self._may_be_read(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
             self._guard_node(guard_shape, (node, tuple(out.shape)))
+        elif any(n.meta.get("varying") for n in node.all_input_nodes):
+            self._let_vary(node, out, op)
+        self._bind(out, node)
         return out
+
+    def _guard_whole(self, node: fx.Node, out: Any, varying: bool) -> None:
+        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary."""
+        numbers = plain_values(out)
+        free = varying and not self._permission.everywhere
+        if free:
+            node.meta["varying"] = True
+        if numbers or not free:
+            shapes = None if free else [tuple(t.shape) for t in tensors_in(out)]
+            self._guard_node(guard_plain, (node, numbers, shapes))
+
+    def _let_vary(self, node: fx.Node, out: Any, op: str) -> None:
+        """What is made from a tensor whose shape depends on values has such a shape too, if it has any."""
+        if op != "call_module" and not isinstance(out, Tensor):
+            raise Untraceable(f"{node.target}, whose result depends on the size of a tensor that depends on values")
+        if any(t.dim() for t in tensors_in(out)):
+            node.meta["varying"] = True
 
     def _evaluated(self, op: str, target: Any, args: Any, kwargs: Any) -> Any:
         """The fake twin of a value whose shape depends on values, where these follow from the model's inputs."""
-        if self._evaluate is None or not self._may_guard():
-            raise Untraceable(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
+        self._may_be_read(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
+        assert self._evaluate is not None
         self.random.shaped_by_values = True
         return self._evaluate.fake_twin(op, target, args, kwargs)
 
-    def _may_guard(self) -> bool:
-        return next(reversed(self.module_stack), "") in self._guard_in
+    def _may_be_read(self, what: str, cause: Exception | None = None) -> None:
+        """Raises where values that the running code reads may not become guards."""
+        if not self._permission.given(next(reversed(self.module_stack), "")):
+            raise Untraceable(what) from cause
 
     def _is_noop(self, out: Any, seen: list[tuple[Tensor, int]]) -> bool:
         """A call such as `x.contiguous()` that returned its own unchanged argument."""
@@ -220,6 +253,8 @@ class Recorder(TorchFunctionMode):
         if tensors_in(item):
             child = self.graph.call_function(take, (node, key))
             self._describe(child, item)
+            if node.meta.get("varying") and any(t.dim() for t in tensors_in(item)):
+                child.meta["varying"] = True
             with without_torch_function():
                 self.effects.after(child, [], item)
             self._bind(item, child)
@@ -229,9 +264,15 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.inside or func is torch._C._set_grad_enabled or name in _PLAIN_QUESTIONS:
+        if self.inside or func is torch._C._set_grad_enabled:
+            return func(*args, **kwargs)
+        if name in _PLAIN_QUESTIONS:
+            if name in _SIZES:
+                self._may_be_sized(args)
             return func(*args, **kwargs)
         if name == "__get__":
+            if func.__self__.__name__ == "shape":
+                self._may_be_sized(args)
             return self._property(func, args, kwargs)
         if name == "__set__":
             if func.__self__.__name__ == "data":
@@ -267,6 +308,12 @@ class Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
         return out
 
+    def _may_be_sized(self, args: Any) -> None:
+        """Raises where the size of a tensor, which Python is about to read, depends on values."""
+        bound = self._bound.get(id(args[0])) if args else None
+        if bound is not None and bound[1].meta.get("varying"):
+            raise Untraceable("the size of a tensor that depends on values")
+
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and id(out) not in self._bound and id(out) not in self._names:
@@ -297,16 +344,18 @@ class Recorder(TorchFunctionMode):
 
     def _read_value(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
-        if self._guarded:
+        what = f"Tensor.{name}(), so that Python reads a value"
+        if not self._permission.on_fakes:
             if drawn_at_random(self.node_of(t) for t in tensors_in(args)):
-                raise Untraceable(f"Tensor.{name}(), so that Python reads a value drawn at random")
+                raise Untraceable(f"{what} drawn at random")
+            self._may_be_read(f"{what} of a tensor")
             value = func(*args, **kwargs)
         else:
             try:
                 return func(*args, **kwargs)
-            except Exception as cause:
-                if self._evaluate is None or not self._may_guard():
-                    raise Untraceable(f"Tensor.{name}(), so that Python reads a value of a tensor") from cause
+            except Exception as cause:  # noqa: BLE001 (`_may_be_read` raises it again)
+                self._may_be_read(f"{what} of a tensor", cause)
+                assert self._evaluate is not None
                 value = self._evaluate(name, node_args, node_kwargs)
         self._guard_node(guard, (name, value, node_args, node_kwargs))
         return value
@@ -340,27 +389,4 @@ _PLAIN_QUESTIONS = {
 }  # fmt: skip
 
 
-def hidden_writes(target: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that a call writes without counting up their version: the running statistics of functional norms."""
-    if target in (F.batch_norm, F.instance_norm):
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        updates = given.get("training", False) if target is F.batch_norm else given.get("use_input_stats", True)
-        return [given[n] for n in names[1:3] if updates and given.get(n) is not None]
-    return []
-
-
-def source_line() -> str:
-    """File and line of the innermost frame outside torch and autopipe."""
-    frame = sys._getframe(1)
-    while frame is not None and is_internal(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-_TORCH_DIR = torch.__path__[0]
-_OWN_DIR = __file__.rsplit("/", 1)[0]
-
-
-def is_internal(filename: str) -> bool:
-    return filename.startswith((_TORCH_DIR, _OWN_DIR, "<")) or "contextlib" in filename
+_SIZES = {"size", "numel", "nelement", "__len__", "stride"}

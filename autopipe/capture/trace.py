@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from autopipe.capture.captured import Captured
 from autopipe.capture.compat import compiling_flag, eager_stance, is_scripted, register_dataclass, swap_parameters
 from autopipe.capture.effects import remove_dead_code
-from autopipe.capture.guards import Evaluator, guard, guard_shape
+from autopipe.capture.guards import GUARDS, Evaluator, Permission
 from autopipe.capture.loss import LOSS_MODULE, LossFunction, LossModule, find_loss
 from autopipe.capture.modules import ModuleCalls, has_hooks
 from autopipe.capture.opaque import real_like
+from autopipe.capture.places import Places, is_method
 from autopipe.capture.recorder import Recorder, Untraceable
 from autopipe.capture.regions import emit_regions
 
@@ -34,41 +35,57 @@ class Call:
     target: Any = None
 
 
-class TraceFailure(Exception):
-    """A recording failed; `module` is the FQN of the innermost module that was running, None outside all modules."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a model is recorded.
 
-    def __init__(self, cause: Exception, module: str | None) -> None:
+    Attributes:
+        opaque: places that are kept whole: modules by name, methods as `name:method`.
+        compiling: let `torch.compiler.is_compiling()` be true meanwhile.
+        real: run on the real tensors, so that places kept whole see real values.
+        guarded: run on the real tensors, and record all values that Python reads as equality guards.
+        guard_in: modules in whose own code values may become equality guards: on fake tensors those that follow from the
+            inputs alone, on real ones all but those drawn at random.
+    """
+
+    opaque: frozenset[str] = frozenset()
+    compiling: bool = False
+    real: bool = False
+    guarded: bool = False
+    guard_in: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What `Captured.route` says."""
+        if self.guarded or self.guard_in:
+            return "guarded"
+        return "opaque" if self.opaque else "recorded, compiling" if self.compiling else "recorded"
+
+
+class TraceFailure(Exception):
+    """A recording failed; `module` is the FQN of the innermost module that was running, None outside all modules.
+
+    `method`: the method of a module in which it failed, as `name:method`, None in a forward.
+    """
+
+    def __init__(self, cause: Exception, module: str | None, method: str | None = None) -> None:
         super().__init__(str(cause))
-        self.cause, self.module = cause, module
+        self.cause, self.module, self.method = cause, module, method
 
 
 State = dict[tuple[str, str], Any]
 
 
-def trace(
-    model: nn.Module,
-    call: Call,
-    *,
-    opaque: frozenset[str] = frozenset(),
-    compiling: bool = False,
-    guarded: bool = False,
-    guard_in: frozenset[str] = frozenset(),
-) -> Captured:
+def trace(model: nn.Module, call: Call, way: Way = Way()) -> Captured:
     """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not steer it.
-
-    Args:
-        opaque: modules to keep whole.
-        compiling: let `torch.compiler.is_compiling()` be true meanwhile.
-        guarded: run on the real tensors, and record values that Python reads as equality guards.
-        guard_in: modules in whose own code values that follow from the inputs alone become equality guards.
 
     Raises:
         TraceFailure: the model's Python could not be run this way, or its next call would be another graph.
     """
-    captured, state = _record(model, call, {}, opaque=opaque, compiling=compiling, guarded=guarded, guard_in=guard_in)
-    state = {key: value for key, value in state.items() if key[0] not in opaque}
+    captured, state = _record(model, call, {}, way)
+    state = {key: value for key, value in state.items() if key[0] not in way.opaque}
     if state:
-        again, _ = _record(model, call, state, opaque=opaque, compiling=compiling, guarded=guarded, guard_in=guard_in)
+        again, _ = _record(model, call, state, way)
         if again.graph_hash != captured.graph_hash:
             module, attribute = next(iter(state))
             cause = Untraceable(
@@ -78,22 +95,13 @@ def trace(
     return captured
 
 
-def _record(
-    model: nn.Module,
-    call: Call,
-    start: State,
-    *,
-    opaque: frozenset[str],
-    compiling: bool,
-    guarded: bool,
-    guard_in: frozenset[str],
-) -> tuple[Captured, State]:
+def _record(model: nn.Module, call: Call, start: State, way: Way) -> tuple[Captured, State]:
     """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call changed too.
 
     Raises:
         TraceFailure: the model's Python could not be run this way.
     """
-    fake_mode = None if guarded else FakeTensorMode(allow_non_fake_inputs=True)
+    fake_mode = None if way.guarded or way.real else FakeTensorMode(allow_non_fake_inputs=True)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     originals = dict(named)
     names, first = {}, dict[int, str]()
@@ -102,26 +110,29 @@ def _record(
     stand_ins = {name: _stand_in(fake_mode, originals[name]) for name in set(names.values())}
     swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
     real = [t for t in pytree.tree_leaves((call.args, dict(call.kwargs), call.target)) if isinstance(t, Tensor)]
-    recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, guarded, guard_in)
-    calls = ModuleCalls(recorder, model, opaque, originals, fake_mode)
+    places = Places(model)
+    permission = Permission(on_fakes=fake_mode is not None, everywhere=way.guarded, places=way.guard_in, of=places)
+    recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, permission)
+    calls = ModuleCalls(recorder, model, way.opaque, originals, fake_mode)
+    modules: dict[str, nn.Module] = {}
     (args, kwargs), target, inputs = _inputs(recorder, fake_mode, call)
     if fake_mode is not None:
         recorder.evaluate_with(_evaluator(recorder, real, originals, fake_mode))
     with contextlib.ExitStack() as stack:
         changed = stack.enter_context(_restored_attributes(model, start))
-        stack.enter_context(compiling_flag(compiling))
+        stack.enter_context(compiling_flag(way.compiling))
         stack.enter_context(eager_stance())
         if fake_mode is not None:
             stack.enter_context(fake_mode)
         stack.enter_context(swap_parameters(model, swapped))
         stack.enter_context(calls.recording())
+        modules |= stack.enter_context(calls.whole_methods(model))
         try:
             with recorder:
                 output = model(*args, **kwargs)
                 _copy_back_buffers(model, swapped)
                 leaves, out_spec = flatten_output(output)
                 loss = find_loss(output, leaves)
-                modules: dict[str, nn.Module] = {}
                 if call.loss_fn is not None:
                     modules[LOSS_MODULE] = LossModule(call.loss_fn, out_spec, pytree.tree_structure(target))
                     leaves.append(
@@ -130,11 +141,11 @@ def _record(
                     loss = len(leaves) - 1
                 results = [recorder.node_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         except Exception as cause:
-            raise TraceFailure(cause, calls.failed) from cause
+            raise TraceFailure(cause, calls.failed, places.method_in(cause)) from cause
     recorder.graph.output(results)
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     recorder.effects.finish(recorder.graph)
-    _mark_effects(recorder.graph, model, opaque)
+    _mark_effects(recorder.graph, model, way.opaque)
     remove_dead_code(recorder.graph)
     emit_regions(recorder.graph)
     captured = Captured(
@@ -143,13 +154,7 @@ def _record(
         out_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
         loss=None if loss is None else tensor_positions.index(loss),
         names=names,
-        route="guarded"
-        if guarded or guard_in
-        else "opaque"
-        if opaque
-        else "recorded, compiling"
-        if compiling
-        else "recorded",
+        route=way.name,
         **inputs,
     )
     return captured, changed
@@ -324,9 +329,9 @@ def _mark_effects(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> 
         own_code = (
             node.op == "call_module"
             and node.target != LOSS_MODULE
-            and (node.target in opaque or has_hooks(model.get_submodule(str(node.target))))
+            and (is_method(node.target) or node.target in opaque or has_hooks(model.get_submodule(str(node.target))))
         )
-        if node.meta.get("writes") or node.meta.get("random") or node.target in (guard, guard_shape) or own_code:
+        if node.meta.get("writes") or node.meta.get("random") or node.target in GUARDS or own_code:
             node.meta["effect"] = True
 
 

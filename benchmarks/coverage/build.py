@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.coverage import inputs, tiny
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-LIMIT = 60_000_000  # parameters
+LIMIT = 60_000_000  # parameters of a model that is made tiny
+WHOLE_LIMIT = 330_000_000  # parameters of a model that is taken as it is
 
 
 class CannotBuild(Exception):
@@ -148,23 +149,37 @@ def torchvision_model(name: str) -> Built:
     )
     if "inception" in registered or "googlenet" in registered:
         extra["init_weights"] = False
+    if registered.startswith("vit_"):
+        extra["image_size"] = 64 if registered != "vit_h_14" else 56
+    if kind == "detection" and not registered.startswith("ssd"):
+        extra |= {"min_size": 96, "max_size": 160}
     size = 0
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some compute their widths with tensors
         size = sum(p.numel() for p in models.get_model(registered, **extra).parameters())
-    if size > LIMIT:
+    if size > WHOLE_LIMIT:
         raise CannotBuild(f"{size / 1e6:.0f} million parameters, too many for this machine")
     model = models.get_model(registered, **extra)
     if kind == "detection":
         images = [torch.rand(3, 96, 96), torch.rand(3, 96, 128)]
-        target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1])}
-        target |= {"masks": torch.zeros(1, 96, 96, dtype=torch.uint8), "keypoints": torch.rand(1, 17, 3)}
-        return model, (images, [dict(target), dict(target)]), {}
+        return model, (images, [_detection_target(96, 96), _detection_target(96, 128)]), {}
     if kind == "video":
         return model, (torch.randn(2, 3, 16, 224, 224) if "mvit" in registered else torch.randn(2, 3, 8, 64, 64),), {}
     if kind == "optical_flow":
         return model, (torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128)), {}
     sizes = (64, 96, 224, 299) if "inception" not in registered else (128, 299)
     return model, (_first_that_runs(model, [(torch.randn(2, 3, s, s),) for s in sizes])), {}
+
+
+def _detection_target(height: int, width: int) -> dict[str, Tensor]:
+    masks = torch.zeros(1, height, width, dtype=torch.uint8)
+    masks[:, 10:60, 10:50] = 1
+    keypoints = torch.cat([torch.rand(1, 17, 2) * 50 + 8, torch.ones(1, 17, 1)], -1)
+    return {
+        "boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]),
+        "labels": torch.tensor([1]),
+        "masks": masks,
+        "keypoints": keypoints,
+    }
 
 
 def _first_that_runs(model: nn.Module, calls: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -213,7 +228,7 @@ def timm_model(name: str) -> Built:
             if size < LIMIT / 3:
                 break
     sized.sort(key=lambda s: s[0])
-    if sized and sized[0][0] > LIMIT:
+    if sized and sized[0][0] > WHOLE_LIMIT:
         raise CannotBuild(f"{sized[0][0] / 1e6:.0f} million parameters, too many for this machine")
     _, chosen, fewer = sized[0] if sized else (0, _timm_families(timm)[name][0], {})
     model = timm.create_model(chosen, **fewer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -14,13 +15,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+MEMORY_LIMIT = 18 << 30  # bytes of address space of one process
 
-def run_all(names: list[str], work: Callable[[str], dict[str, Any]], out: Path, workers: int, limit_s: float) -> None:
-    """Appends `{"name": ..., ...}` to `out` for every name that is not in it yet."""
-    done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
-    waiting, running = [n for n in names if n not in done][::-1], dict[int, tuple[str, Path, float]]()
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The newest result of every name."""
+    if not path.exists():
+        return {}
+    return {one["name"]: one for one in map(json.loads, path.read_text().splitlines())}
+
+
+def run_all(
+    names: list[str],
+    work: Callable[[str], dict[str, Any]],
+    out: Path,
+    workers: int,
+    limit_s: float,
+    budget_s: float = math.inf,
+) -> int:
+    """Appends `{"name": ..., ...}` to `out` for every name; starts none after `budget_s`. Returns how many are left."""
+    waiting, running, first = names[::-1], dict[int, tuple[str, Path, float]](), time.monotonic()
     while waiting or running:
-        while waiting and len(running) < workers:
+        if time.monotonic() - first > budget_s and not running:
+            break
+        while waiting and len(running) < workers and time.monotonic() - first <= budget_s:
             name = waiting.pop()
             result = out.with_suffix(f".{abs(hash(name))}.part")
             running[_start(name, work, result)] = (name, result, time.monotonic())
@@ -34,6 +52,7 @@ def run_all(names: list[str], work: Callable[[str], dict[str, Any]], out: Path, 
             if ended or late:
                 del running[pid]
                 _collect(name, result, out, status, late, time.monotonic() - begun)
+    return len(waiting)
 
 
 def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path) -> int:
@@ -42,7 +61,7 @@ def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path) -> in
     if pid:
         return pid
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)

@@ -8,15 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.coverage.pool import read
+
 LISTS = ("transformers", "torchvision", "timm", "hard")
 _TITLES = {"hard": "hard cases (`tests/single/hard_cases.py`)"}
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The newest result of every name."""
-    if not path.exists():
-        return {}
-    return {one["name"]: one for one in map(json.loads, path.read_text().splitlines())}
 
 
 def write(results: Path, docs: Path) -> None:

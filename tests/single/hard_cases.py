@@ -935,3 +935,68 @@ _recurrent(
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
     lambda m, h: m(h),
 )
+
+
+# -- detectors: numbers and shapes that follow from values ----------------------------------------------------------------
+
+
+class Scales(nn.Module):
+    """Draws a scale from a list, and gives the size of the result as numbers beside the tensor."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, list[int]]:
+        scale = [2.0][int(torch.rand(1).item())]
+        return h * scale, [int(n) for n in h.shape]
+
+
+class Proposals(nn.Module):
+    """Gives as many rows as there are large sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> tuple[list[Tensor], Tensor]:
+        scores = self.score(h)
+        rows = torch.where(scores.sum(-1) > scores.sum(-1).mean() - 1e-3)[0]
+        return [h[rows], scores[rows]], scores.sum() * 0.1
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, rows: list[Tensor], size: list[int]) -> Tensor:
+        return self.out(torch.cat(rows)).sum(0) / rows[0].shape[0] + size[0]
+
+
+class Detector(nn.Module):
+    """As two-stage detectors are: only a first part has shapes that are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales, self.proposals, self.heads = Scales(), Proposals(), Heads()
+        self.trunk = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+
+    def forward(self, value: Tensor) -> dict[str, Tensor]:
+        h, size = self.scales(value)
+        if (h > 1e6).any():
+            raise ValueError("too large")
+        rows, loss = self.proposals(self.trunk(h))
+        return {"heads": self.heads([r * 2 for r in rows], size), "proposals": loss}
+
+
+class OneStageDetector(Detector):
+    """Its loss, a method of the model, picks rows by value."""
+
+    def forward(self, value: Tensor) -> dict[str, Tensor]:
+        h, size = self.scales(value)
+        return {"loss": self.compute_loss(self.heads.out(self.trunk(h)), size[0])}
+
+    def compute_loss(self, scores: Tensor, number: int) -> Tensor:
+        found = scores[scores.sum(-1) > scores.sum(-1).mean() - 1e-3]
+        return found.sum() / max(1, found.numel()) / number
+
+
+CASES["a detector in two steps"] = lambda: (Detector(), (x(),), {})
+CASES["a detector in one step"] = lambda: (OneStageDetector(), (x(),), {})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import autopipe
 from autopipe.errors import CaptureError
 from benchmarks.coverage.compare import check
-from tests.single.hard_cases import CASES, WIDTH, Experts, Net, ReadsValue
+from tests.single.hard_cases import CASES, WIDTH, Detector, Experts, Net, OneStageDetector, ReadsValue
 
 REFUSED = {
     "layer drop drawn by Python": "random numbers drawn by Python",
@@ -113,3 +113,31 @@ def test_a_backward_hook_on_the_whole_model_is_refused() -> None:
     model.register_full_backward_hook(lambda m, gi, go: None)
     with pytest.raises(CaptureError, match="put it on a submodule"):
         autopipe.capture(model, (torch.randn(3, 2),))
+
+
+def _follows_other_values(model: nn.Module, kept: set[str]) -> None:
+    x = torch.randn(4, WIDTH)
+    captured = autopipe.capture(model, (x,))
+    assert set(captured.opaque) == kept
+    for _ in range(4):
+        other = torch.randn(4, WIDTH)
+        got, expected = captured(other), model(other)
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(got[name], expected[name])
+
+
+def test_a_detector_is_right_for_other_numbers_of_proposals() -> None:
+    _follows_other_values(Detector(), {"scales", "proposals", "heads"})
+
+
+def test_a_method_that_picks_rows_by_value_is_kept_whole() -> None:
+    _follows_other_values(OneStageDetector(), {"scales", ":compute_loss"})
+
+
+def test_tensors_of_unknown_shape_do_not_cross_and_the_rest_can_be_cut() -> None:
+    captured = autopipe.capture(Detector(), (torch.randn(4, WIDTH),))
+    groups = {str(n.target): n.meta.get("group") for n in captured.nodes}
+    assert groups["proposals"] is not None
+    assert groups["proposals"] == groups["heads"]
+    assert groups["trunk.1"] is None
