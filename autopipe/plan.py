@@ -16,7 +16,7 @@ from profiler.records import LinkProfile, read_json
 
 PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
-RUNNABLE = (*SCHEDULES, "interleaved")
+RUNNABLE = (*SCHEDULES, "interleaved", "zb-h1")
 """What a plan may be run under; the planner itself optimises for those of SCHEDULES."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 

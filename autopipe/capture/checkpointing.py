@@ -19,8 +19,13 @@ class CheckpointRegion(nn.Module):
         super().__init__()
         self._body = (body,)  # in a tuple: the piece's parameters are the stage's own, under the model's names
 
+    @property
+    def body(self) -> fx.GraphModule:
+        """What is computed again."""
+        return self._body[0]
+
     def forward(self, *args: Any) -> Any:
-        return checkpoint(self._body[0], *args, use_reentrant=False)
+        return checkpoint(self.body, *args, use_reentrant=False)
 
 
 def wrap_checkpoints(graph: fx.Graph, root: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
 
 SIMULATED_ONLY = ("zb-h1",)
-"""Schedules that can be simulated on a plan, but not yet planned for or run."""
+"""Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 OBJECTIVES = ("step", "bottleneck")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -124,7 +124,12 @@ def _verification(command: argparse.ArgumentParser) -> None:
         help="stages, one gloo process of this machine for each",
     )
     add("--num-microbatches", type=_count, metavar="M", help="micro-batches of the batch (default: 2 for each stage)")
-    add("--schedule", choices=SCHEDULES, default="1f1b", help="order of forwards and backwards (default: 1f1b)")
+    add(
+        "--schedule",
+        choices=(*SCHEDULES, *SIMULATED_ONLY),
+        default="1f1b",
+        help="order of forwards and backwards (default: 1f1b)",
+    )
     add(
         "--tolerance", type=_number, metavar="ERROR", help="relative error that counts as equal (default: 1e-5 in fp32)"
     )

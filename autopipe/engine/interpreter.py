@@ -10,6 +10,8 @@ from autopipe.schedule import Action
 _PHASES = {
     "F": "forward of micro-batch {m}",
     "B": "backward of micro-batch {m}",
+    "I": "backward of micro-batch {m}, input gradients",
+    "W": "backward of micro-batch {m}, weight gradients",
     "SEND_F": "sending the activations of micro-batch {m} to stage {peer}",
     "RECV_F": "receiving the activations of micro-batch {m} from stage {peer}",
     "SEND_B": "sending the gradients of micro-batch {m} to stage {peer}",
@@ -44,7 +46,7 @@ def run_actions(
     Raises:
         ActionFailure: whatever an action raised, with its place.
     """
-    last = {a.stage: i for i, a in enumerate(actions) if a.kind == "B"}
+    last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "W")}
     for i, action in enumerate(actions):
         try:
             _execute(action, runs[action.stage], reduce)
@@ -65,9 +67,11 @@ def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> No
             run.send_forward(action)
         case "B":
             run.backward(action.microbatch)
+        case "I":
+            run.input_gradients(action.microbatch)
+        case "W":
+            run.weight_gradients(action.microbatch)
         case "SEND_B":
             run.send_backward(action)
         case "REDUCE_GRAD":
             reduce(action.microbatch)
-        case _:
-            raise AssertionError(f"no such action: {action}")

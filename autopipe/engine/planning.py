@@ -19,7 +19,7 @@ from autopipe.engine.layout import Layout
 from autopipe.errors import ConfigError, PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
-from autopipe.simulate import rescheduled
+from autopipe.simulate import fastest_schedule, rescheduled
 from profiler.records import LinkProfile
 
 
@@ -106,7 +106,12 @@ def make_plan(
         )
 
     plan = context.once(measure_and_cut)
-    return plan if layout.num_ranks == num_stages else rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
+    if layout.num_ranks < num_stages:
+        return rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
+    if config.schedule != "auto":
+        return rescheduled(plan, config.schedule)
+    undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
+    return fastest_schedule(plan, schedules=["1f1b"] if undivided else None)
 
 
 def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:

@@ -16,6 +16,7 @@ from autopipe.capture.loss import LossFunction, no_loss
 from autopipe.capture.seeding import RandomSource
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.layout import Layout
+from autopipe.engine.split_backward import Division, division_of
 from autopipe.engine.transport import TensorSpec
 from autopipe.errors import CaptureError
 from autopipe.schedule import Edge
@@ -32,12 +33,14 @@ class Program:
         captured: gives inputs their order and outputs their structure.
         specs: what each stage reads and gives.
         modules: the stages of this rank.
+        divisions: how far the backward of each of them can be divided, for schedules that do.
         loss_stage: the stage that holds the loss, None where there is none.
     """
 
     captured: Captured
     specs: tuple[StageSpec, ...]
     modules: Mapping[int, StageModule]
+    divisions: Mapping[int, Division]
     loss_stage: int | None
 
     @property
@@ -109,10 +112,11 @@ def make_program(
         results: Any = captured.graph_module.graph.output_node().args[0]
         loss_stage = stage_of[results[captured.loss].name]
     modules = {s: stage_module(captured, specs[s], random) for s in layout.stages}
+    divisions = {s: division_of(module) for s, module in modules.items()}
     if compiled:
         for module in modules.values():
             module.compile()
-    return Program(captured=captured, specs=specs, modules=modules, loss_stage=loss_stage)
+    return Program(captured=captured, specs=specs, modules=modules, divisions=divisions, loss_stage=loss_stage)
 
 
 @contextlib.contextmanager

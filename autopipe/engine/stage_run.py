@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
 from autopipe.engine.layout import Layout
 from autopipe.engine.programs import Program
+from autopipe.engine.split_backward import WeightGradients, input_gradients
 from autopipe.engine.transport import Flow, Handle, Transport
 from autopipe.schedule import Action
 from autopipe.stages import MODEL_INPUT
@@ -85,6 +87,7 @@ class StageRun:
     _sending: dict[int, list[tuple[int, Handle]]] = field(default_factory=dict)
     _gradients: list[Handle] = field(default_factory=list)
     _saved: dict[int, _Saved] = field(default_factory=dict)
+    _weights: dict[int, WeightGradients] = field(default_factory=dict)
     _input_gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def _flow(self, source: int, target: int) -> Flow:
@@ -169,6 +172,27 @@ class StageRun:
 
     def backward(self, m: int) -> None:
         """Runs the backward of micro-batch m; parameters accumulate their gradients."""
+        with self._backward(m, "B") as (roots, gradients, _):
+            if roots:
+                torch.autograd.backward(roots, gradients)
+
+    def input_gradients(self, m: int) -> None:
+        """Runs the part of the backward of micro-batch m that earlier stages wait for."""
+        with self._backward(m, "I") as (roots, gradients, inputs):
+            division = self.step.programs[m].divisions[self.stage]
+            self._weights[m] = input_gradients(roots, gradients, inputs, division)
+
+    def weight_gradients(self, m: int) -> None:
+        """Runs what is left of the backward of micro-batch m."""
+        self.step.seed_for(m)
+        with self.step.clock.span(Action("W", self.stage, m)):
+            self._weights.pop(m).run()
+
+    @contextlib.contextmanager
+    def _backward(
+        self, m: int, kind: Literal["B", "I"]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor | None], list[Tensor]]]:
+        """Gives what is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
         saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
         roots: list[Tensor] = []
         gradients: list[Tensor | None] = []
@@ -184,12 +208,10 @@ class StageRun:
             if target in answered:
                 handle.join()  # its gradient came back, so the activation was consumed: this cannot block
         self.step.seed_for(m)
-        with self.step.clock.span(Action("B", self.stage, m)):
-            if roots:
-                torch.autograd.backward(roots, gradients)
-        self._keep_gradients(
-            m, {i.name: _gradient_of(v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient}
-        )
+        inputs = {i.name: v for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient}
+        with self.step.clock.span(Action(kind, self.stage, m)):
+            yield roots, gradients, list(inputs.values())
+        self._keep_gradients(m, {name: _gradient_of(v) for name, v in inputs.items()})
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""

@@ -24,6 +24,13 @@ def torchtitan_modules(plan: Plan) -> str:
         PlanError: torchtitan cannot express the plan.
     """
     refuse_ties(plan, "torchtitan", "torchtitan moves whole modules, and its stages train a shared parameter apart")
+    if plan.schedule not in SCHEDULES:
+        raise PlanError(
+            f"schedule {plan.schedule!r}",
+            expected=f"one that torchtitan has: {', '.join(SCHEDULES)}",
+            where="export",
+            remedy="plan with --schedule 1f1b",
+        )
     stages: list[list[str]] = [[] for _ in plan.stages]
     roots = {name for stage in plan.stages for name in stage.params if "." not in name}
     for unit in units_of(plan, "torchtitan"):
