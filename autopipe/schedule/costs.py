@@ -12,6 +12,9 @@ from autopipe.schedule.actions import Action, Edge
 Link = tuple[float, float | None]
 """How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
 
+SPLIT_OVERHEAD = 0.1
+"""How much longer a plan's backward takes in two parts than in one: graphs are kept longer, and walked in between."""
+
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
 
 
@@ -25,6 +28,7 @@ class Costs:
         activation_bytes: what each stage keeps from the forward of a micro-batch to its backward.
         static_bytes: what each stage holds all the time.
         weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
+        split_overhead: how much longer the two parts take than the backward in one.
     """
 
     forward_us: tuple[float, ...]
@@ -33,6 +37,7 @@ class Costs:
     activation_bytes: tuple[int, ...] = ()
     static_bytes: tuple[int, ...] = ()
     weight_share: float = 0.5
+    split_overhead: float = 0.0
 
     @classmethod
     def default(cls, num_stages: int, edges: Iterable[Edge]) -> Self:
@@ -51,9 +56,9 @@ class Costs:
             case "B":
                 return self.backward_us[action.stage]
             case "I":
-                return self.backward_us[action.stage] * (1 - self.weight_share)
+                return self.backward_us[action.stage] * (1 + self.split_overhead) * (1 - self.weight_share)
             case "W":
-                return self.backward_us[action.stage] * self.weight_share
+                return self.backward_us[action.stage] * (1 + self.split_overhead) * self.weight_share
             case "SEND_F":
                 return self.links.get((action.stage, action.peer), (0.0, 0.0))[0]
             case "SEND_B":

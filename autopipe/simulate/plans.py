@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autopipe.plan import Plan
 from autopipe.schedule import Costs, Edge, Schedule, build_schedule
-from autopipe.schedule.costs import Link
+from autopipe.schedule.costs import SPLIT_OVERHEAD, Link
 from autopipe.simulate.play import count_live, simulate_schedule
 from autopipe.simulate.timeline import Timeline
 from profiler.records import LinkProfile
@@ -76,6 +76,7 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None) -> Costs:
         links=links,
         activation_bytes=tuple(s.activation_bytes // n for s, n in zip(plan.stages, in_flight, strict=True)),
         static_bytes=tuple(s.peak_bytes - s.activation_bytes for s in plan.stages),
+        split_overhead=SPLIT_OVERHEAD,
     )
 
 

@@ -18,15 +18,20 @@ TOLERANCE = 1e-6
 SKIPPING_CUTS = ["down.2", "up.0", "up.2"]
 
 
-def _train_twice(name: str, num_microbatches: int, schedule: str) -> dict[str, Any]:
+def _train_twice(name: str, num_microbatches: int, schedule: str, stages_a_rank: int = 1) -> dict[str, Any]:
     """Two calls without zero_grad beside two plain steps; the largest relative errors on this rank."""
     import autopipe
 
     model, args, kwargs, target, loss_fn = make(name, BATCH)
     plain = copy.deepcopy(model)
-    cuts = SKIPPING_CUTS if name == "unet" and dist.get_world_size() == 4 else None
+    num_stages = stages_a_rank * dist.get_world_size()
     engine = autopipe.pipeline(
-        model, loss_fn=loss_fn, num_microbatches=num_microbatches, schedule=schedule, split_points=cuts
+        model,
+        loss_fn=loss_fn,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        split_points=SKIPPING_CUTS if name == "unet" and num_stages == 4 else None,
     )
     loss = engine.train_batch(*args, target=target, **kwargs)
     plain_loss = plain_step(plain, args, kwargs, target, loss_fn, num_microbatches)
@@ -61,6 +66,15 @@ def _all_counts(name: str, num_stages: int, schedule: str) -> list[dict[str, Any
     return [_train_twice(name, m, schedule) for m in counts]
 
 
+def _some_counts(cases: list[tuple[str, str]], counts: list[int]) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo")
+    return [
+        {"case": (name, schedule, m), **_train_twice(name, m, schedule, 2 if schedule == "interleaved" else 1)}
+        for name, schedule in cases
+        for m in counts
+    ]
+
+
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_the_plain_models(name: str, num_stages: int) -> None:
@@ -84,10 +98,50 @@ def test_gradients_equal_the_plain_models(name: str, num_stages: int) -> None:
         assert max(map(len, readers.values())) >= 2
 
 
-def test_gpipe_gives_the_same_gradients() -> None:
-    for results in run_ranks(_all_counts, 3, "gpt", 3, "gpipe"):
+OTHER_SCHEDULES = {
+    2: [("gpt", "interleaved"), ("unet", "interleaved"), ("encoder_decoder", "interleaved"), ("frozen", "zb-h1")],
+    3: [("gpt", "gpipe"), ("resnet", "zb-h1"), ("encoder_decoder", "zb-h1")],
+    4: [("unet", "zb-h1"), ("gpt", "zb-h1"), ("unet", "gpipe")],
+}
+
+
+@pytest.mark.parametrize("num_ranks", list(OTHER_SCHEDULES))
+def test_every_schedule_gives_the_same_gradients(num_ranks: int) -> None:
+    for results in run_ranks(_some_counts, num_ranks, OTHER_SCHEDULES[num_ranks], [2 * num_ranks + 1]):
         for result in results:
-            assert max(result["loss"], result["gradient"]) <= TOLERANCE
+            assert max(result["loss"], result["gradient"], result["buffer"]) <= TOLERANCE, result
+            assert result["twice"], result
+
+
+def _uneven_then_other_lengths(schedules: list[str]) -> list[tuple[str, float]]:
+    """Batches that do not divide, fewer samples than micro-batches, and other lengths, one after another on one engine."""
+    import autopipe
+
+    dist.init_process_group("gloo")
+    errors = []
+    for schedule in schedules:
+        model, _, _, _, loss_fn = make("gpt", 1)
+        plain = copy.deepcopy(model)
+        num_stages = (2 if schedule == "interleaved" else 1) * dist.get_world_size()
+        engine = autopipe.pipeline(
+            model, loss_fn=loss_fn, num_stages=num_stages, num_microbatches=3, schedule=schedule, max_grad_norm=None
+        )
+        for batch, length in ((7, 12), (2, 12), (5, 8), (3, 12)):
+            ids, labels = torch.randint(0, 50, (batch, length)), torch.randint(0, 50, (batch, length))
+            engine.train_batch(ids, target=labels)
+            plain_step(plain, (ids,), {}, labels, loss_fn, 3)
+            expected = dict(plain.named_parameters())
+            for n, p in engine.named_parameters():
+                assert p.grad is not None
+                errors.append((f"{schedule} {batch} {length} {n}", relative_error(p.grad, expected[n].grad)))
+        engine.close()
+    return errors
+
+
+@pytest.mark.parametrize("schedules", [["1f1b", "gpipe", "zb-h1"], ["interleaved"]])
+def test_uneven_batches_and_other_lengths(schedules: list[str]) -> None:
+    for errors in run_ranks(_uneven_then_other_lengths, 2, schedules):
+        assert max(e for _, e in errors) <= TOLERANCE, max(errors, key=lambda e: e[1])
 
 
 def _evaluate(name: str) -> dict[str, float]:

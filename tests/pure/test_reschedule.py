@@ -35,7 +35,7 @@ def plan(num_stages: int = 4, num_microbatches: int = 8, **values: object) -> Pl
     )
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
 def test_times_and_memory_are_those_of_the_simulator(schedule: str) -> None:
     other = rescheduled(plan(), schedule)
     timeline = simulate(other)
@@ -56,5 +56,9 @@ def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
     assert fastest_schedule(plan(memory_limit_bytes=50), schedules=["gpipe", "1f1b"]).schedule == "1f1b"
     assert schedules_for(4, 4)[0] == "1f1b"
     assert schedules_for(4, 2) == ("interleaved",)
+    assert fastest_schedule(plan(step_us=simulate(plan()).makespan_us)).schedule == "zb-h1"
+    assert (
+        fastest_schedule(plan(num_microbatches=400)).schedule == "1f1b"
+    )  # the bubble costs less than dividing backwards
     with pytest.raises(ScheduleError, match="2 stages on 4 ranks"):
         fastest_schedule(plan(2), num_ranks=4)
