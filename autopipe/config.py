@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autopipe.capture.loss import LossFunction
 from autopipe.errors import ConfigError
-from autopipe.plan import RUNNABLE, Plan
+from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
 
 Auto = Literal["auto"]
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -39,6 +39,8 @@ class PipelineConfig:
         loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
             None: its number of samples.
         self_check: replay one micro-batch through model and graph and compare.
+        recompute: `auto`: activations are computed again as far as the memory limit demands, the cheapest first; `none`: never;
+            `full`: every stage as a whole.
         memory_limit: bytes that a stage may hold; None: the device's memory on CUDA, no limit on a CPU.
         split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
         plan: a plan to use, or the path of one.
@@ -60,6 +62,7 @@ class PipelineConfig:
     max_grad_norm: float | None = None
     loss_weight: Callable[[Any], float | Tensor] | None = None
     self_check: bool = True
+    recompute: str = "auto"
     memory_limit: int | None = None
     split_points: Sequence[str] | None = None
     plan: Plan | None = None
@@ -95,6 +98,8 @@ class PipelineConfig:
                 raise _wrong(name, value, f"something callable, such as {hint}")
         if self.lr_scheduler is not None and self.optimizer is None:
             raise _wrong("lr_scheduler", "a scheduler without an optimizer", "an optimizer beside it")
+        if self.recompute not in RECOMPUTE:
+            raise _wrong("recompute", self.recompute, f"one of {', '.join(RECOMPUTE)}")
         if self.memory_limit is not None and self.memory_limit <= 0:
             raise _wrong("memory_limit", self.memory_limit, "a positive number of bytes or None")
 

@@ -30,6 +30,30 @@ class Readers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeClass:
+    """One choice of what a stage computes again in the backward, and what each node then costs.
+
+    Attributes:
+        region: (nodes of the profile) the region that each node is in, -1 where it is not computed again.
+        at_once: a stage is one region: all that it keeps is there again at once, for one micro-batch.
+        saved_bytes, workspace_bytes: (n) as in `CostGraph`, with what is dropped left out and what is made again counted as
+            workspace of the nodes of its region.
+        recompute_us: (n) time that is added to the backward.
+    """
+
+    region: IntArray
+    at_once: bool
+    saved_bytes: FloatArray
+    workspace_bytes: FloatArray
+    recompute_us: FloatArray
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is computed again."""
+        return bool((self.region < 0).all())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostGraph:
     """The graph that is cut. n nodes, T tensors that a node hands to others, P parameters and buffers.
 
@@ -45,6 +69,7 @@ class CostGraph:
         param_names, param_bytes, trainable: (P) parameters and buffers; one that several nodes share is one entry.
         param_readers: who reads the parameters.
         link: latency, bandwidth and overlap between stages.
+        classes: what a stage may compute again: the first class under which it fits is taken.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -65,6 +90,7 @@ class CostGraph:
     trainable: NDArray[np.bool_]
     param_readers: Readers
     link: LinkProfile
+    classes: tuple[RecomputeClass, ...]
 
     @property
     def num_nodes(self) -> int:
@@ -118,12 +144,20 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
     np.maximum.at(workspace, node_of, np.array([node.workspace_bytes for node in nodes], float))
     tensors = _tensors(profile, edges, node_of)
     params = _parameters(profile, node_of)
+    saved = total(node.saved_bytes for node in nodes)
+    nothing = RecomputeClass(
+        region=np.full(len(nodes), -1, np.int64),
+        at_once=False,
+        saved_bytes=saved,
+        workspace_bytes=workspace,
+        recompute_us=np.zeros(len(members)),
+    )
     return CostGraph(
         members=members,
         profile_names=tuple(node.name for node in nodes),
         forward_us=total(node.forward_us for node in nodes) * profile.residual,
         backward_us=total(node.backward_us for node in nodes) * profile.residual,
-        saved_bytes=total(node.saved_bytes for node in nodes),
+        saved_bytes=saved,
         workspace_bytes=workspace,
         predecessors=tuple(map(tuple, predecessors)),
         successors=tuple(map(tuple, successors)),
@@ -139,6 +173,7 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
         trainable=np.array([trainable for _, trainable, _ in params.values()], bool),
         param_readers=_flat([sorted(readers) for _, _, readers in params.values()]),
         link=link,
+        classes=(nothing,),
     )
 
 
@@ -328,7 +363,7 @@ def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageC
     of Tarnawski et al., NeurIPS 2020); the latency comes once for each side of a stage that anything crosses, each way.
     """
     K, link = num_stages, graph.link
-    crossing, target = _crossings(graph, stage_of, K)
+    crossing, target = crossings(graph, stage_of, K)
     source = stage_of[graph.producer[crossing]]
     sent = np.unique(crossing)
 
@@ -355,7 +390,7 @@ def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageC
     )
 
 
-def _crossings(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[IntArray, IntArray]:
+def crossings(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[IntArray, IntArray]:
     """Tensors that cross and the stages that read them, one entry for each (tensor, stage)."""
     owner = graph.tensor_readers.owner
     target = stage_of[graph.tensor_readers.node]

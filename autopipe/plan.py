@@ -18,6 +18,8 @@ PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
 RUNNABLE = (*SCHEDULES, "interleaved", "zb-h1")
 """What a plan may be run under; the planner itself optimises for those of SCHEDULES."""
+RECOMPUTE = ("auto", "none", "full")
+"""What is computed again in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 
 
@@ -34,7 +36,8 @@ class StagePlan:
         send_bytes, recv_bytes: forward activations that leave and enter it, once for each stage that reads them.
         peak_bytes: the most memory that it holds: parameters, gradients, optimizer state, activations in flight, workspace.
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
-        recompute: names of the nodes whose activations are dropped and computed again in the backward.
+        recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed again in
+            the backward up to the last tensor that is kept.
     """
 
     index: int
@@ -51,7 +54,7 @@ class StagePlan:
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
     activation_bytes: int = 0
-    recompute: tuple[str, ...] = ()
+    recompute: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +239,8 @@ def _record(cls: type[Any], data: Any, where: str) -> Any:
             if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise _bad(f"{value!r}", "a list of names", f"{where}.{name}")
             value = tuple(value)
+        elif kind == "tuple[tuple[str, ...], ...]":
+            value = _regions(value, f"{where}.{name}")
         elif kind in ("int", "float"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or value < 0 or math.isnan(value) or (kind == "int" and value != int(value)):
@@ -245,6 +250,14 @@ def _record(cls: type[Any], data: Any, where: str) -> Any:
             raise _bad(f"{value!r}", kind, f"{where}.{name}")
         values[name] = value
     return cls(**values)
+
+
+def _regions(value: Any, where: str) -> tuple[tuple[str, ...], ...]:
+    if not (isinstance(value, list) and all(isinstance(part, list) and part for part in value)):
+        raise _bad(f"{value!r}", "a list of lists of names", where)
+    if not all(isinstance(name, str) for part in value for name in part):
+        raise _bad(f"{value!r}", "a list of lists of names", where)
+    return tuple(map(tuple, value))
 
 
 def _validate(plan: Plan) -> None:
@@ -275,9 +288,11 @@ def _validate(plan: Plan) -> None:
                     f"node {name!r} on stages {seen[name]} and {i}", "every node on one stage", f"stages[{i}].nodes"
                 )
             seen[name] = i
-        strangers = set(stage.recompute) - set(stage.nodes)
-        if strangers:
-            raise _bad(f"{min(strangers)!r}", "a node of the stage", f"stages[{i}].recompute")
+        again = [name for region in stage.recompute for name in region]
+        strangers = set(again) - set(stage.nodes)
+        if strangers or len(set(again)) < len(again):
+            name = min(strangers) if strangers else max(again, key=again.count)
+            raise _bad(f"{name!r}", "nodes of the stage, each in one region", f"stages[{i}].recompute")
     for i, transfer in enumerate(plan.transfers):
         if not (0 <= transfer.source < transfer.target < plan.num_stages):
             raise _bad(

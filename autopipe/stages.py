@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.capture.captured import Captured
-from autopipe.capture.checkpointing import wrap_checkpoints
+from autopipe.capture.checkpointing import Recompute, wrap_checkpoints
 from autopipe.capture.compat import is_scripted
 from autopipe.capture.effects import tensors_in
 from autopipe.capture.loss import LOSS_MODULE
@@ -63,6 +64,7 @@ class StageSpec:
         inputs: in the order of the module's arguments; those of one source are in the order in which they are received.
         outputs: in the order in which they are sent; the first values that the module returns.
         results: positions of the graph's outputs that this stage makes or holds; the values that follow.
+        recompute: regions of its nodes that are computed again in the backward.
     """
 
     index: int
@@ -70,6 +72,7 @@ class StageSpec:
     inputs: tuple[StageInput, ...]
     outputs: tuple[StageOutput, ...]
     results: tuple[int, ...]
+    recompute: tuple[tuple[str, ...], ...] = ()
 
     def received_from(self, source: int) -> list[StageInput]:
         """The tensors that come from one stage, in order."""
@@ -101,7 +104,8 @@ def build_stage(captured: Captured, plan: Plan, index: int) -> StageModule:
     """
     if not 0 <= index < plan.num_stages:
         raise PlanError(f"stage {index}", expected=f"0 to {plan.num_stages - 1}", remedy="ask for a stage of the plan")
-    return stage_module(captured, cut(captured, placement(captured, plan), plan.num_stages)[index])
+    spec = cut(captured, placement(captured, plan), plan.num_stages)[index]
+    return stage_module(captured, with_recompute(spec, regions_of(plan)))
 
 
 def placement(captured: Captured, plan: Plan) -> dict[str, int]:
@@ -180,6 +184,21 @@ def cut(captured: Captured, stage_of: Mapping[str, int], num_stages: int) -> tup
     return tuple(specs)
 
 
+Regions = tuple[tuple[str, ...], ...]
+
+
+def regions_of(plan: Plan) -> Regions:
+    """All regions of a plan that are computed again in the backward."""
+    return tuple(region for stage in plan.stages for region in stage.recompute)
+
+
+def with_recompute(spec: StageSpec, regions: Regions) -> StageSpec:
+    """The stage with what it has of these regions: the nodes of another graph may stand on other stages."""
+    mine = set(spec.nodes)
+    parts = (tuple(name for name in region if name in mine) for region in regions)
+    return dataclasses.replace(spec, recompute=tuple(part for part in parts if part))
+
+
 def edges_of(specs: tuple[StageSpec, ...]) -> tuple[Edge, ...]:
     """The stage graph: which stages send to which, and whether gradients come back."""
     backward: dict[tuple[int, int], bool] = {}
@@ -210,6 +229,9 @@ def stage_module(captured: Captured, spec: StageSpec, random: RandomSource | Non
         for value in nodes[name].all_input_nodes:
             copy_of(value)
         copies[nodes[name]] = graph.node_copy(nodes[name], copy_of)
+    for number, region in enumerate(spec.recompute):
+        for name in region:
+            copies[nodes[name]].meta.setdefault("checkpoint", Recompute(number))
     results = _output_nodes(source.graph)
     returned = [copies[nodes[o.name]] for o in spec.outputs] + [copy_of(results[i]) for i in spec.results]
     graph.output(tuple(returned))

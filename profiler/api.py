@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from profiler.cache import DiskRecords, cache_dir
@@ -20,6 +21,7 @@ from profiler.nodes import NodeTimer
 from profiler.records import NodeProfile, Profile
 from profiler.state import preserved
 from profiler.tensors import ModelTensors
+from profiler.values import Value
 from profiler.walk import Visit, Walk
 
 
@@ -140,6 +142,7 @@ def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:
     params = tuple(dict.fromkeys(name for t in targets if (name := tensors.name_of(t)) is not None))
     group = node.meta.get("group")
     again = visit.is_recomputed and timing.backward_us > 0
+    keeps, views = _memory_of(visit)
     return NodeProfile(
         name=node.name,
         inputs=compute_inputs(node),
@@ -153,4 +156,35 @@ def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:
         differentiable=any(o.requires_grad for o in trace.outputs),
         group=None if group is None else str(group),
         spread=timing.spread,
+        keeps=keeps,
+        views=views,
+        inner_bytes=0 if visit.is_recomputed else trace.saved_inside_bytes,
+        repeatable=_is_repeatable(visit),
     )
+
+
+def _memory_of(visit: Visit) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The nodes whose outputs the node keeps for backward, and those into whose memory its own output looks."""
+    own, sources = visit.call.node.name, visit.call.sources
+    if visit.is_recomputed:  # the region keeps what it is given
+        keeps = [storage.owner for storage in sources]
+    else:
+        keeps = [own if place < 0 else sources[place].owner for place in visit.trace.saved]
+    leaves = (v.storage.owner for v in pytree.tree_leaves(visit.output) if isinstance(v, Value))
+    return _names(keeps), tuple(name for name in _names(leaves) if name != own)
+
+
+def _names(names: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _is_repeatable(visit: Visit) -> bool:
+    """Whether running the node again has no effect but its value; its module's buffers can be set aside meanwhile.
+
+    Not so: what the model itself computes again, modules that are not torch's own or have hooks, and writes to model inputs.
+    """
+    call, written = visit.call, [visit.call.values[i] for i in visit.trace.written]
+    plain = call.module is None or type(call.module).__module__.startswith("torch.nn.")
+    hooked = call.module is not None and bool(call.module._forward_hooks or call.module._forward_pre_hooks)
+    writes_input = any(v.storage.owner is None and v.target is None for v in written)
+    return plain and not hooked and not writes_input and "checkpoint" not in call.node.meta

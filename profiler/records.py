@@ -35,6 +35,10 @@ class NodeProfile:
         measured: false where the figures are estimated.
         group: nodes that name the same group are never cut apart (views that are written to, buffers that are updated).
         spread: relative half-width of the 95 % confidence interval of forward + backward; 0 where not known.
+        keeps: nodes whose outputs its backward keeps, itself included where it keeps its own.
+        views: other nodes into whose memory its output looks; it makes none of its own then.
+        inner_bytes: the part of `saved_bytes` that is no output of a node (a dropout mask).
+        repeatable: it may be computed again in the backward.
     """
 
     name: str
@@ -51,6 +55,10 @@ class NodeProfile:
     measured: bool = True
     group: str | None = None
     spread: float = 0.0
+    keeps: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+    inner_bytes: int = 0
+    repeatable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +286,7 @@ def _validate(profile: Profile) -> None:
             "saved_bytes",
             "param_bytes",
             "workspace_bytes",
+            "inner_bytes",
             "spread",
         ):
             value = getattr(node, field)

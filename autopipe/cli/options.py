@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from autopipe.plan import SCHEDULES
+from autopipe.plan import RECOMPUTE, SCHEDULES
 from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
 
@@ -106,6 +106,9 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--schedule", choices=schedules, help="order of forwards and backwards (default: 1f1b)")
     add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
     add("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 24GiB or 800MB")
+    add(
+        "--recompute", choices=RECOMPUTE, help="activations computed again in the backward (default: as memory demands)"
+    )
     add("--link-latency-us", type=_number, metavar="US", help="time of an empty message between stages")
     add("--link-gbps", type=_positive, metavar="GBPS", help="bandwidth between stages, in gigabits per second")
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")

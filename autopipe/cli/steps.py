@@ -88,6 +88,7 @@ def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatche
         "objective": options.objective,
         "time_budget_s": options.time_budget_s,
         "split_points": options.split_points,
+        "recompute": options.recompute,
     }
     return partition(
         measured,

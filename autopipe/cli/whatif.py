@@ -23,7 +23,7 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: the call asks for what only planning again can change.
     """
-    for name in ("num_stages", "objective", "time_budget_s", "split_points", "device"):
+    for name in ("num_stages", "objective", "time_budget_s", "split_points", "recompute", "device"):
         if getattr(options, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} with --plan",

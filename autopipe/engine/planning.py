@@ -98,6 +98,7 @@ def make_plan(
             num_stages=num_stages,
             num_microbatches=num_microbatches,
             link=link,
+            recompute=config.recompute,
             memory_limit=memory_limit(config, context),
             data_parallel=layout.data_parallel,
             zero_stage=config.zero_stage,

@@ -20,7 +20,7 @@ from autopipe.engine.split_backward import Division, division_of
 from autopipe.engine.transport import TensorSpec
 from autopipe.errors import CaptureError
 from autopipe.schedule import Edge
-from autopipe.stages import StageModule, StageSpec, cut, edges_of, stage_module
+from autopipe.stages import Regions, StageModule, StageSpec, cut, edges_of, stage_module, with_recompute
 
 Kind = Literal["train", "eval", "predict"]
 
@@ -103,10 +103,16 @@ def capture_program(
 
 
 def make_program(
-    captured: Captured, stage_of: Mapping[str, int], layout: Layout, random: RandomSource, *, compiled: bool
+    captured: Captured,
+    stage_of: Mapping[str, int],
+    layout: Layout,
+    random: RandomSource,
+    *,
+    compiled: bool,
+    recompute: Regions = (),
 ) -> Program:
-    """Cuts a captured graph and builds this rank's modules."""
-    specs = cut(captured, stage_of, layout.num_stages)
+    """Cuts a captured graph and builds this rank's modules, with what the regions `recompute` name of it computed again."""
+    specs = tuple(with_recompute(spec, recompute) for spec in cut(captured, stage_of, layout.num_stages))
     loss_stage = None
     if captured.loss is not None:
         results: Any = captured.graph_module.graph.output_node().args[0]

@@ -30,6 +30,7 @@ from autopipe.placement import follow
 from autopipe.plan import Plan
 from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
 from autopipe.simulate import plan_costs
+from autopipe.stages import regions_of
 
 MAX_PROGRAMS = 64
 """Signatures that are kept captured; the one used longest ago is dropped."""
@@ -98,7 +99,14 @@ class Runner:
         self._keep(self._key(kind, training, microbatch), captured, stage_of)
 
     def _keep(self, key: str, captured: Captured, stage_of: Mapping[str, int]) -> Program:
-        program = make_program(captured, stage_of, self._layout, self._random, compiled=self._config.compile)
+        program = make_program(
+            captured,
+            stage_of,
+            self._layout,
+            self._random,
+            compiled=self._config.compile,
+            recompute=regions_of(self._plan),
+        )
         self._transport.open(_flows(program.edges, self._layout))
         self._programs[key] = program
         if len(self._programs) > MAX_PROGRAMS:

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, IntArray, StageCosts, stage_costs
+from autopipe.cost import CostGraph, IntArray, StageCosts
 from autopipe.partition import baselines
-from autopipe.partition.memory import MemoryModel, StageMemory, received_bytes, stage_memory
+from autopipe.partition.memory import MemoryModel, StageMemory, received_bytes, run_costs, stage_memory
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import Baseline, Plan, StagePlan, Transfer
 from profiler.records import Profile
@@ -47,7 +48,7 @@ def assemble(
 ) -> Plan:
     """The plan of an assignment `stage_of` (n); `alternatives` are further assignments to compare it with, by name."""
     K = run.num_stages
-    costs = stage_costs(graph, stage_of, K)
+    costs = run_costs(graph, run.memory, stage_of, K)
     memory = stage_memory(graph, run.memory, stage_of, K)
     figures = _figures("", graph, run, stage_of)
     others = {**_usual(graph, K), **alternatives}
@@ -88,7 +89,7 @@ def _usual(graph: CostGraph, num_stages: int) -> dict[str, IntArray]:
 
 
 def _figures(name: str, graph: CostGraph, run: Run, stage_of: IntArray) -> Baseline:
-    costs = stage_costs(graph, stage_of, run.num_stages)
+    costs = run_costs(graph, run.memory, stage_of, run.num_stages)
     compute = costs.forward_us + costs.backward_us
     step = simulated_step_us(costs, run.num_microbatches, run.schedule)
     busy = run.num_microbatches * float(compute.sum())
@@ -127,9 +128,19 @@ def _stages(
                 gradient_bytes=math.ceil(memory.gradient_bytes[k]),
                 optimizer_bytes=math.ceil(memory.optimizer_bytes[k]),
                 activation_bytes=math.ceil(memory.activation_bytes[k]),
+                recompute=_regions(graph, of_profile_node == k, int(memory.recompute[k])),
             )
         )
     return tuple(plans)
+
+
+def _regions(graph: CostGraph, mine: NDArray[np.bool_], number: int) -> tuple[tuple[str, ...], ...]:
+    """The names of the stage's nodes in each region of its class of recompute."""
+    found: dict[int, list[str]] = {}
+    region = graph.classes[number].region
+    for i in np.flatnonzero(mine & (region >= 0)).tolist():
+        found.setdefault(int(region[i]), []).append(graph.profile_names[i])
+    return tuple(map(tuple, found.values()))
 
 
 def _transfers(graph: CostGraph, stage_of: IntArray) -> tuple[Transfer, ...]:

@@ -14,13 +14,13 @@ from random import Random
 
 import numpy as np
 
-from autopipe.cost import CostGraph, IntArray, stage_costs
+from autopipe.cost import CostGraph, IntArray
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE, best_split
 from autopipe.partition.effort import Effort
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
-from autopipe.partition.memory import MemoryModel, stage_memory
+from autopipe.partition.memory import MemoryModel, run_costs, stage_memory
 from autopipe.partition.orders import depth_first, relinearise, standard_orders
 
 GRID_POSITIONS = 1200
@@ -183,13 +183,13 @@ def kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -
     stage_of = solution.stage_of
     for _ in range(2):
         order = relinearise(noised, stage_of, random, random.randrange(4))
-        load = float(stage_costs(noised, stage_of, problem.num_stages).load_us.max())
+        load = float(run_costs(noised, problem.memory, stage_of, problem.num_stages).load_us.max())
         found = split_order(other, order, load * (1 + TOLERANCE), effort, _fine_grid(other, order, stage_of, BANDS[0]))
         if found is not None:
             stage_of = found.stage_of
     if stage_memory(graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max() > problem.memory.limit_bytes:
         return solution
-    load = float(stage_costs(graph, stage_of, problem.num_stages).load_us.max())
+    load = float(run_costs(graph, problem.memory, stage_of, problem.num_stages).load_us.max())
     return Solution(load_us=load, stage_of=stage_of, order=solution.order if found is None else found.order)
 
 

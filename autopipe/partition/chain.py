@@ -91,7 +91,7 @@ def stage_blocks(costs: IntervalCosts, num_stages: int, upper_us: float, effort:
             first, end = last, last if end == last else last - 1
         if first > end:
             return None
-        load = stage_load(costs, rows, (first, end), k, K)
+        load = costs.stage_load_us(rows, (first, end), k, K)
         effort.spend(cells=load.size + 4e3)
         load[load > slack] = np.inf
         load[~reachable] = np.inf
@@ -104,11 +104,3 @@ def stage_blocks(costs: IntervalCosts, num_stages: int, upper_us: float, effort:
         reachable = np.asarray(np.isfinite(blocks[-1].load_us).any(axis=0))
         rows = cols
     return blocks
-
-
-def stage_load(costs: IntervalCosts, rows: tuple[int, int], cols: tuple[int, int], stage: int, K: int) -> FloatArray:
-    """t_k(i, j) of a block of intervals; infinite where the interval is empty or does not fit into memory."""
-    load = costs.load_us(rows, cols)
-    if costs.limited:
-        load[costs.excess_bytes(rows, cols, stage, K) > 0] = np.inf
-    return load

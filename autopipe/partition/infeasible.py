@@ -18,14 +18,14 @@ MIB = 2.0**20
 def least_peak_split(problem: Problem) -> IntArray:
     """The split of the program order whose largest peak of memory is least: F_k[j] = min_i max(F_(k-1)[i], peak_k(i, j))."""
     n, K = problem.graph.num_nodes, problem.num_stages
-    bounded = dataclasses.replace(problem.memory, limit_bytes=0.0)
+    bounded = dataclasses.replace(problem.memory, limit_bytes=0.0)  # so that memory is counted
     grid = np.unique(np.linspace(0, n, min(n, max(400, K)) + 1).round().astype(np.int64))
     costs = IntervalCosts(problem.graph, np.arange(n), bounded, grid)
     last, least, arrows = len(grid) - 1, np.full(len(grid), np.inf), []
     least[0] = 0.0
     empty = np.arange(last + 1)[:, None] >= np.arange(last + 1)[None, :]
     for k in range(K):
-        peak = costs.excess_bytes((0, last), (0, last), k, K)
+        peak = costs.least_peak_bytes((0, last), (0, last), k, K)
         through = np.maximum(least[:, None], np.where(empty, np.inf, peak))
         best = through.argmin(axis=0)
         least = through[best, np.arange(last + 1)]
@@ -78,7 +78,8 @@ def _remedy(problem: Problem, lacking: float, activations: float) -> str:
     if activations > lacking:
         smaller = activations / (activations - lacking)
         ways.append(f"a micro-batch {smaller:.1f} times smaller")
-        ways.append("recompute of activations")
+    if len(problem.graph.classes) == 1 and problem.graph.classes[0].is_none and activations > 0:
+        ways.append("perhaps recompute of activations (recompute='auto')")
     if problem.memory.states and problem.memory.shards == 1:
         ways.append("ZeRO-1 over several replicas, or an optimizer with less state")
     return (

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, Readers
+from autopipe.partition.interval_memory import IntervalMemory
 from autopipe.partition.memory import MemoryModel
 
 FORWARD, BACKWARD, TRAFFIC, RECEIVED, MESSAGE = 0, 1, 2, 3, 4
@@ -102,7 +103,6 @@ class IntervalCosts:
     ) -> None:
         n = graph.num_nodes
         self.graph, self.order, self.memory = graph, order, memory
-        self.limited = memory is not None and np.isfinite(memory.limit_bytes)
         position = np.empty(n, np.int64)
         position[order] = np.arange(n)
         scale = graph.exposed / graph.link.bytes_per_us
@@ -112,7 +112,7 @@ class IntervalCosts:
         self._all_in = entering(graph.tensor_readers, position[graph.producer], position, n, weights)
         self._all_out = leaving(graph, position, weights)
         self._all_held: Rectangles | None = None
-        if self.limited and memory is not None:
+        if memory is not None and memory.chooses(graph):
             outside = np.full(len(graph.param_bytes), -1, np.int64)
             static = memory.static_bytes(graph)[None, :]
             self._all_held = entering(graph.param_readers, outside, position, n, static)
@@ -126,12 +126,9 @@ class IntervalCosts:
         self.work = np.concatenate([[0.0], np.cumsum(graph.work_us[self.order])])[grid]
         self._in = self._all_in if whole else self._all_in.on_grid(grid)
         self._out = self._all_out if whole else self._all_out.on_grid(grid)
-        if self._all_held is not None:
+        if self._all_held is not None and self.memory is not None:
             self._held = self._all_held if whole else self._all_held.on_grid(grid)
-            self._saved = np.concatenate([[0.0], np.cumsum(graph.saved_bytes[self.order])])[grid]
-            self._workspace = np.array(
-                [graph.workspace_bytes[self.order[i:j]].max(initial=0.0) for i, j in itertools.pairwise(grid.tolist())]
-            )
+            self._ways = IntervalMemory(graph, self.memory, self.order, grid)
 
     @property
     def num_positions(self) -> int:
@@ -166,28 +163,23 @@ class IntervalCosts:
         """Bytes that a block of intervals receives forward and sends back as gradients."""
         return self._in.block(rows, cols, (TRAFFIC,))
 
-    def excess_bytes(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
-        """By how much a block of intervals, as stage k of K, exceeds the limit of memory (negative: it fits)."""
-        memory = self.memory
-        assert memory is not None and self.limited
-        activations = self._saved[None, cols[0] : cols[1] + 1] - self._saved[rows[0] : rows[1] + 1, None]
-        activations = activations + self.received_bytes(rows, cols)
-        need = self._held.block(rows, cols, (0,)) + memory.in_flight(stage, num_stages) * activations
-        return np.asarray(need + self._largest_workspace(rows, cols) - memory.limit_bytes, np.float64)
+    def stage_load_us(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
+        """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit."""
+        load = self.load_us(rows, cols)
+        if self._all_held is not None:
+            held = self._memory_blocks(rows, cols)
+            load = load + self._ways.added_us(rows, cols, stage, num_stages, held, np.isfinite(load))
+        return load
 
-    def received_bytes(self, rows: tuple[int, int], cols: tuple[int, int]) -> FloatArray:
-        """Bytes that a block of intervals receives in the forward."""
-        return self._in.block(rows, cols, (RECEIVED,))
+    def least_peak_bytes(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
+        """The least memory that a block of intervals needs as stage k of K, under any class of recompute."""
+        assert self._all_held is not None, "without a limit no memory is counted"
+        return self._ways.least_peak_bytes(rows, cols, stage, num_stages, self._memory_blocks(rows, cols))
 
-    def _largest_workspace(self, rows: tuple[int, int], cols: tuple[int, int]) -> FloatArray:
-        block = np.zeros((rows[1] - rows[0] + 1, cols[1] - cols[0] + 1))
-        if not self._workspace.any():
-            return block
-        for r, i in enumerate(range(rows[0], rows[1] + 1)):
-            if i < cols[1]:
-                largest = np.maximum.accumulate(self._workspace[i : cols[1]])
-                block[r, max(i + 1 - cols[0], 0) :] = largest[max(cols[0] - i - 1, 0) :]
-        return block
+    def _memory_blocks(self, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Bytes of parameters and what is stored with them, bytes received, and bytes sent in the forward."""
+        received, sent = (side.block(rows, cols, (RECEIVED,)) for side in (self._in, self._out))
+        return self._held.block(rows, cols, (0,)), received, sent
 
     def stages(self, cuts: tuple[int, ...]) -> IntArray:
         """(n) the stage of each node, given the grid indices of the cuts between stages."""

@@ -138,9 +138,9 @@ class _Sweep:
             pairs = Pairs(self.problem.graph, before, after)
             load = pairs.load_us()
             self.effort.spend(cells=load.size * (1 + len(pairs.tensors) / 300))
-            if np.isfinite(self.problem.memory.limit_bytes):
-                over = pairs.excess_bytes(self.problem.memory, k, self.problem.num_stages) > 0
-                load[over & ~pairs.equal] = np.inf
+            if self.problem.memory.chooses(self.problem.graph):
+                wanted = np.isfinite(load) & ~pairs.equal
+                load = load + pairs.added_us(self.problem.memory, k, self.problem.num_stages, wanted)
             if self.merged:
                 relaxed = np.maximum(relaxed[:, None], load).min(axis=0)
             load[pairs.equal] = np.inf

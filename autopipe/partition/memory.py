@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, sum_by
+from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts, crossings, stage_costs, sum_by
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of optimizer state for each byte of trained parameter."""
@@ -36,6 +37,10 @@ class MemoryModel:
             return self.num_microbatches
         return min(num_stages - stage, self.num_microbatches)
 
+    def chooses(self, graph: CostGraph) -> bool:
+        """Whether a stage's memory decides anything: whether it is allowed, or what it computes again."""
+        return bool(np.isfinite(self.limit_bytes)) or not graph.classes[0].is_none
+
     def static_bytes(self, graph: CostGraph) -> FloatArray:
         """(P) parameter, gradient and optimizer bytes of each parameter."""
         return graph.param_bytes * (1.0 + graph.trainable * (1.0 + self.states / self.shards))
@@ -43,13 +48,18 @@ class MemoryModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """(K) bytes of each stage, by part; `activation_bytes` are those of all micro-batches in flight."""
+    """(K) bytes of each stage, by part; `activation_bytes` are those of all micro-batches in flight.
+
+    `recompute` is the class of `CostGraph.classes` that each stage takes, `recompute_us` what it adds to the backward.
+    """
 
     param_bytes: FloatArray
     gradient_bytes: FloatArray
     optimizer_bytes: FloatArray
     activation_bytes: FloatArray
     workspace_bytes: FloatArray
+    recompute: IntArray
+    recompute_us: FloatArray
 
     @property
     def peak_bytes(self) -> FloatArray:
@@ -59,27 +69,66 @@ class StageMemory:
 
 
 def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_stages: int) -> StageMemory:
-    """Memory of each stage under an assignment `stage_of` (n) of nodes to stages."""
+    """Memory of each stage under an assignment `stage_of` (n) of nodes to stages.
+
+    A stage takes the first class of recompute under which it fits; where none does, the one under which it needs least.
+    """
     K, readers = num_stages, graph.param_readers
     held = np.unique(readers.owner * K + stage_of[readers.node])
     owner, stage = held // K, held % K
     trained = graph.param_bytes * graph.trainable
-    workspace = np.zeros(K)
-    np.maximum.at(workspace, stage_of, graph.workspace_bytes)
-    received = received_bytes(graph, stage_of, K)
     in_flight = np.array([memory.in_flight(k, K) for k in range(K)], float)
+    param_bytes = sum_by(stage, graph.param_bytes[owner], K)
+    gradient_bytes = sum_by(stage, trained[owner], K)
+    optimizer_bytes = sum_by(stage, trained[owner] * memory.states / memory.shards, K)
+    static = param_bytes + gradient_bytes + optimizer_bytes
+    received = received_bytes(graph, stage_of, K)
+    made_again = sum_by(stage_of, graph.saved_bytes, K)
+    sent = sent_bytes(graph, stage_of, K) if len(graph.classes) > 1 or not graph.classes[0].is_none else 0.0 * received
+    chosen = np.full(K, -1, np.int64)
+    best = np.full(K, np.inf)
+    activation_bytes, workspace_bytes, recompute_us = np.zeros(K), np.zeros(K), np.zeros(K)
+    for number, way in enumerate(graph.classes):
+        activations = in_flight * (sum_by(stage_of, way.saved_bytes, K) + received + (0.0 if way.is_none else sent))
+        workspace = np.zeros(K)
+        np.maximum.at(workspace, stage_of, way.workspace_bytes)
+        workspace += made_again if way.at_once else 0.0
+        peak = static + activations + workspace
+        better = (chosen < 0) | ((best > memory.limit_bytes) & (peak < best))
+        best = np.where(better, peak, best)
+        chosen[better] = number
+        activation_bytes = np.where(better, activations, activation_bytes)
+        workspace_bytes = np.where(better, workspace, workspace_bytes)
+        recompute_us = np.where(better, sum_by(stage_of, way.recompute_us, K), recompute_us)
+        if best.max() <= memory.limit_bytes:
+            break
     return StageMemory(
-        param_bytes=sum_by(stage, graph.param_bytes[owner], K),
-        gradient_bytes=sum_by(stage, trained[owner], K),
-        optimizer_bytes=sum_by(stage, trained[owner] * memory.states / memory.shards, K),
-        activation_bytes=in_flight * (sum_by(stage_of, graph.saved_bytes, K) + received),
-        workspace_bytes=workspace,
+        param_bytes=param_bytes,
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=optimizer_bytes,
+        activation_bytes=activation_bytes,
+        workspace_bytes=workspace_bytes,
+        recompute=chosen,
+        recompute_us=recompute_us,
     )
+
+
+def run_costs(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_stages: int) -> StageCosts:
+    """`stage_costs` with the time of recompute in the backward of each stage."""
+    costs = stage_costs(graph, stage_of, num_stages)
+    if not memory.chooses(graph):
+        return costs
+    again = stage_memory(graph, memory, stage_of, num_stages).recompute_us
+    return dataclasses.replace(costs, backward_us=costs.backward_us + again)
 
 
 def received_bytes(graph: CostGraph, stage_of: IntArray, num_stages: int) -> FloatArray:
     """(K) bytes that each stage receives in the forward of one micro-batch, each tensor once."""
-    owner, target = graph.tensor_readers.owner, stage_of[graph.tensor_readers.node]
-    crossing = target != stage_of[graph.producer[owner]]
-    keys = np.unique(owner[crossing] * num_stages + target[crossing])
-    return sum_by(keys % num_stages, graph.tensor_bytes[keys // num_stages], num_stages)
+    owner, target = crossings(graph, stage_of, num_stages)
+    return sum_by(target, graph.tensor_bytes[owner], num_stages)
+
+
+def sent_bytes(graph: CostGraph, stage_of: IntArray, num_stages: int) -> FloatArray:
+    """(K) bytes of the tensors that each stage sends in the forward of one micro-batch, each once."""
+    sent = np.unique(crossings(graph, stage_of, num_stages)[0])
+    return sum_by(stage_of[graph.producer[sent]], graph.tensor_bytes[sent], num_stages)

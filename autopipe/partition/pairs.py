@@ -105,25 +105,41 @@ class Pairs:
         left = np.flatnonzero(self.vary_a & self.vary_b)
         return np.asarray(still + row[None, :] + column[:, None], np.float64), left, c[left]
 
-    def excess_bytes(self, memory: MemoryModel, stage: int, num_stages: int) -> FloatArray:
-        """By how much each pair, as stage k of K, exceeds the limit of memory."""
+    def added_us(self, memory: MemoryModel, stage: int, num_stages: int, wanted: NDArray[np.bool_]) -> FloatArray:
+        """Time of recompute of each wanted pair as stage k of K; infinite where it does not fit, 0 where it is not wanted."""
         graph = self.graph
-        saved = [_total(graph.saved_bytes, pool) for pool in (self.before, self.after)]
-        activations = saved[1][None, :] - saved[0][:, None] + self.received(graph.tensor_bytes)
         static = memory.static_bytes(graph)
         every = np.arange(len(static))
         a, b = (_read(graph.param_readers, pool, every) for pool in (self.before, self.after))
         held = static.sum() - _agreeing(a, b, np.ones_like(a), static)
-        need = held + memory.in_flight(stage, num_stages) * activations + self._largest_workspace()
-        return np.asarray(need - memory.limit_bytes, np.float64)
+        received, sent = self.received(graph.tensor_bytes), self.sent(graph.tensor_bytes)
+        saved = self._difference(graph.saved_bytes)
+        added = np.where(wanted, np.inf, 0.0)
+        rows, cols = np.nonzero(wanted)
+        for way in graph.classes:
+            if not len(rows):
+                break
+            activations = self._difference(way.saved_bytes)[rows, cols] + received[rows, cols]
+            if not way.is_none:
+                activations += sent[rows, cols]
+            need = held[rows, cols] + memory.in_flight(stage, num_stages) * activations
+            need += self._largest(way.workspace_bytes, rows, cols) + (saved[rows, cols] if way.at_once else 0.0)
+            fits = need <= memory.limit_bytes
+            added[rows[fits], cols[fits]] = self._difference(way.recompute_us)[rows[fits], cols[fits]]
+            rows, cols = rows[~fits], cols[~fits]
+        return added
 
-    def _largest_workspace(self) -> FloatArray:
-        graph = self.graph
-        largest = np.zeros((len(self.before.work), len(self.after.work)))
-        for level in np.unique(graph.workspace_bytes):
-            nodes = np.flatnonzero(graph.workspace_bytes == level)
+    def _difference(self, values: FloatArray) -> FloatArray:
+        """(A, B) sum of the values over b - a."""
+        return np.asarray(_total(values, self.after)[None, :] - _total(values, self.before)[:, None], np.float64)
+
+    def _largest(self, values: FloatArray, rows: IntArray, cols: IntArray) -> FloatArray:
+        """The largest value over b - a, for some of the pairs."""
+        largest = np.zeros(len(rows))
+        for level in np.unique(values[values > 0]):
+            nodes = np.flatnonzero(values == level)
             a, b = (pool.members(nodes).sum(axis=1) for pool in (self.before, self.after))
-            largest[b[None, :] > a[:, None]] = level
+            largest[b[cols] > a[rows]] = level
         return largest
 
 

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 
-from autopipe.cost import IntArray, build_cost_graph, stage_costs
+from autopipe.cost import IntArray, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
@@ -17,10 +17,12 @@ from autopipe.partition.bottleneck import Problem, Solution, first_splits
 from autopipe.partition.bounds import load_bound_us, step_bound_us
 from autopipe.partition.effort import Effort
 from autopipe.partition.infeasible import check_fits
+from autopipe.partition.memory import run_costs
+from autopipe.partition.recompute import with_recompute
 from autopipe.partition.solve import least_load, reduce_problem
 from autopipe.partition.step import shortest_step
 from autopipe.partition.timing import simulated_step_us
-from autopipe.plan import Plan
+from autopipe.plan import RECOMPUTE, Plan
 from profiler.records import LinkProfile, Profile
 
 PROOF_TOLERANCE = 1e-4
@@ -41,6 +43,7 @@ def partition(
     data_parallel: int = 1,
     schedule: str = "1f1b",
     objective: str = "step",
+    recompute: str = "auto",
     split_points: Sequence[str] | None = None,
     time_budget_s: float = 2.0,
     seed: int = 0,
@@ -59,6 +62,8 @@ def partition(
         data_parallel: replicas of the pipeline.
         schedule: `1f1b` or `gpipe`.
         objective: `step` makes the simulated step short, `bottleneck` the largest load of a stage.
+        recompute: `auto` computes activations again as far as the memory limit demands, the cheapest first; `none` never does,
+            `full` does for every stage as a whole.
         split_points: FQNs of submodules at which a new stage begins; nothing is searched then.
         time_budget_s: seconds of search, counted in work done, so that a plan does not depend on how busy the machine is.
         seed: of the random orders; the same seed gives the same plan.
@@ -100,6 +105,7 @@ def partition(
         memory=memory,
     )
     graph = build_cost_graph(profile, request.checked_link(profile, link, overlap))
+    graph = with_recompute(graph, profile, request.checked_choice(recompute, RECOMPUTE, "recompute"))
     request.check_stages_fit_nodes(graph, K)
     problem = Problem(graph=graph, num_stages=K, memory=memory)
     effort = Effort(time_budget_s)
@@ -169,7 +175,7 @@ def _as_told(
 
 def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float) -> Certificate:
     step_bound = step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound)
-    costs = stage_costs(problem.graph, stage_of, problem.num_stages)
+    costs = run_costs(problem.graph, problem.memory, stage_of, problem.num_stages)
     if run.objective == "bottleneck":
         proved = float(costs.load_us.max()) <= load_bound * (1 + PROOF_TOLERANCE)
     else:

@@ -41,7 +41,7 @@ class _Merge:
         self.after = [set(nodes) for nodes in graph.successors]
         self.idle = (graph.work_us == 0).tolist()
         if limited:
-            holds = (graph.saved_bytes > 0) | (graph.workspace_bytes > 0)
+            holds = np.any([(c.saved_bytes > 0) | (c.workspace_bytes > 0) for c in graph.classes], axis=0)
             holds[graph.param_readers.node] = True
             self.idle = (np.array(self.idle) & ~holds).tolist()
         self.bytes = list(zip(graph.tensor_bytes.tolist(), graph.gradient_bytes.tolist(), strict=True))
@@ -128,8 +128,21 @@ def _merged(graph: CostGraph, index: IntArray, size: int) -> tuple[CostGraph, In
     for u, v in sorted((int(number[u]), int(number[v])) for u, v in edges):
         after[u].append(v)
         before[v].append(u)
-    workspace = np.zeros(size)
-    np.maximum.at(workspace, index, graph.workspace_bytes)
+
+    def largest(values: FloatArray) -> FloatArray:
+        found = np.zeros(size)
+        np.maximum.at(found, index, values)
+        return found
+
+    classes = tuple(
+        dataclasses.replace(
+            c,
+            saved_bytes=sum_by(index, c.saved_bytes, size),
+            workspace_bytes=largest(c.workspace_bytes),
+            recompute_us=sum_by(index, c.recompute_us, size),
+        )
+        for c in graph.classes
+    )
     members: list[list[int]] = [[] for _ in range(size)]
     for v, own in enumerate(graph.members):
         members[index[v]] += own
@@ -141,7 +154,7 @@ def _merged(graph: CostGraph, index: IntArray, size: int) -> tuple[CostGraph, In
         forward_us=sum_by(index, graph.forward_us, size),
         backward_us=sum_by(index, graph.backward_us, size),
         saved_bytes=sum_by(index, graph.saved_bytes, size),
-        workspace_bytes=workspace,
+        workspace_bytes=largest(graph.workspace_bytes),
         predecessors=tuple(map(tuple, before)),
         successors=tuple(map(tuple, after)),
         tensor_names=names,
@@ -150,6 +163,7 @@ def _merged(graph: CostGraph, index: IntArray, size: int) -> tuple[CostGraph, In
         gradient_bytes=gradient_bytes,
         tensor_readers=readers,
         param_readers=Readers(owner=held // size, node=held % size),
+        classes=classes,
     )
     return merged, index
 

@@ -37,7 +37,7 @@ def reduce_problem(problem: Problem) -> Reduced:
     """The problem on the reduced graph, where that is worth it and leaves enough nodes."""
     n = problem.graph.num_nodes
     if n > SMALL:
-        graph, index = reduced(problem.graph, limited=bool(np.isfinite(problem.memory.limit_bytes)))
+        graph, index = reduced(problem.graph, limited=problem.memory.chooses(problem.graph))
         if graph.num_nodes >= problem.num_stages:
             return Reduced(problem=dataclasses.replace(problem, graph=graph), index=index)
     return Reduced(problem=problem, index=np.arange(n))

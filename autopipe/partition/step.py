@@ -20,7 +20,7 @@ from autopipe.partition.chain import least_traffic, stage_blocks
 from autopipe.partition.effort import Effort
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
-from autopipe.partition.memory import stage_memory
+from autopipe.partition.memory import run_costs, stage_memory
 from autopipe.partition.moves import polish
 from autopipe.partition.orders import depth_first, relinearise
 from autopipe.partition.steps_dp import least_step_cuts
@@ -56,11 +56,12 @@ class Clock:
         problem, memory = self.problem, self.problem.memory
         actions = 2 * problem.num_stages * memory.num_microbatches
         self.effort.spend(seconds=ASSIGNMENT_S + ACTION_S * actions + NODE_S * problem.graph.num_nodes)
-        if np.isfinite(memory.limit_bytes):
-            peak = stage_memory(problem.graph, memory, stage_of, problem.num_stages).peak_bytes
-            if peak.max() > memory.limit_bytes:
-                return np.inf
         costs = stage_costs(problem.graph, stage_of, problem.num_stages)
+        if memory.chooses(problem.graph):
+            held = stage_memory(problem.graph, memory, stage_of, problem.num_stages)
+            if held.peak_bytes.max() > memory.limit_bytes:
+                return np.inf
+            costs = dataclasses.replace(costs, backward_us=costs.backward_us + held.recompute_us)
         return ranked_step_us(costs, memory.num_microbatches, memory.schedule)
 
 
@@ -157,7 +158,7 @@ def _with_shorter_path(
     for _ in range(3):
         if not np.isfinite(step) or effort.spent:
             break
-        stages = stage_costs(problem.graph, stage_of, K)
+        stages = run_costs(problem.graph, problem.memory, stage_of, K)
         links = sum(there + (back or 0.0) for there, back in stages.links().values())
         cuts = least_step_cuts(costs, K, M, step * 1.05, float(stages.load_us.sum()) + links, effort)
         if cuts is None:
