@@ -2,7 +2,9 @@
 
 For the interval [i, j) as stage k and a class c, with w = min(K - k, M) micro-batches in flight:
 
-    peak_c = parameters + w (saved_c + received + sent) + largest workspace_c  [+ saved, where c makes a stage again at once]
+    peak_c = parameters + w (saved_c + received + sent) + buffers + largest workspace_c  [+ saved, where c is at once]
+
+where `sent` counts only where something is computed again: else what is sent is among what is saved.
 
 The first class with peak_c <= limit is taken: classes stand in the order of their time.
 """
@@ -57,7 +59,8 @@ class IntervalMemory:
     ) -> FloatArray:
         static, received, sent = held
         activations = way.saved[j] - way.saved[i] + received + (0.0 if way.is_none else sent)
-        need = static + self.memory.in_flight(stage, num_stages) * activations + way.largest_workspace(i, j)
+        need = static + self.memory.in_flight(stage, num_stages) * activations
+        need = need + way.largest_workspace(i, j) + self.memory.buffer_bytes(received, sent)
         return np.asarray(need + (self._saved[j] - self._saved[i] if way.at_once else 0.0), np.float64)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts, crossings, stage_costs, sum_by
+from autopipe.schedule.program import MAX_POSTED_RECEIVES
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of optimizer state for each byte of trained parameter."""
@@ -37,6 +38,14 @@ class MemoryModel:
             return self.num_microbatches
         return min(num_stages - stage, self.num_microbatches)
 
+    def buffer_bytes(self, received: FloatArray, sent: FloatArray) -> FloatArray:
+        """Bytes of messages under way, given those of one micro-batch.
+
+        The engine posts receives ahead, of activations and of gradients, and as many gradients are still being sent.
+        """
+        ahead = min(MAX_POSTED_RECEIVES, self.num_microbatches - 1)
+        return np.asarray(ahead * (2 * received + sent), np.float64)
+
     def chooses(self, graph: CostGraph) -> bool:
         """Whether a stage's memory decides anything: whether it is allowed, or what it computes again."""
         return bool(np.isfinite(self.limit_bytes)) or not graph.classes[0].is_none
@@ -48,9 +57,9 @@ class MemoryModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """(K) bytes of each stage, by part; `activation_bytes` are those of all micro-batches in flight.
+    """(K) bytes of each stage, by part.
 
-    `recompute` is the class of `CostGraph.classes` that each stage takes, `recompute_us` what it adds to the backward.
+    `activation_bytes` are those of all micro-batches in flight, `workspace_bytes` also the messages under way. `recompute` is the class of `CostGraph.classes` that each stage takes, `recompute_us` what it adds to the backward.
     """
 
     param_bytes: FloatArray
@@ -84,7 +93,7 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
     static = param_bytes + gradient_bytes + optimizer_bytes
     received = received_bytes(graph, stage_of, K)
     made_again = sum_by(stage_of, graph.saved_bytes, K)
-    sent = sent_bytes(graph, stage_of, K) if len(graph.classes) > 1 or not graph.classes[0].is_none else 0.0 * received
+    sent = sent_bytes(graph, stage_of, K)
     chosen = np.full(K, -1, np.int64)
     best = np.full(K, np.inf)
     activation_bytes, workspace_bytes, recompute_us = np.zeros(K), np.zeros(K), np.zeros(K)
@@ -92,7 +101,7 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
         activations = in_flight * (sum_by(stage_of, way.saved_bytes, K) + received + (0.0 if way.is_none else sent))
         workspace = np.zeros(K)
         np.maximum.at(workspace, stage_of, way.workspace_bytes)
-        workspace += made_again if way.at_once else 0.0
+        workspace += memory.buffer_bytes(received, sent) + (made_again if way.at_once else 0.0)
         peak = static + activations + workspace
         better = (chosen < 0) | ((best > memory.limit_bytes) & (peak < best))
         best = np.where(better, peak, best)

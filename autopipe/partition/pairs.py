@@ -113,6 +113,7 @@ class Pairs:
         a, b = (_read(graph.param_readers, pool, every) for pool in (self.before, self.after))
         held = static.sum() - _agreeing(a, b, np.ones_like(a), static)
         received, sent = self.received(graph.tensor_bytes), self.sent(graph.tensor_bytes)
+        held = held + memory.buffer_bytes(received, sent)
         saved = self._difference(graph.saved_bytes)
         added = np.where(wanted, np.inf, 0.0)
         rows, cols = np.nonzero(wanted)

@@ -13,6 +13,7 @@ Sublinear Memory Cost, 2016).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,8 +26,8 @@ SHARES = 8
 """Classes, each with as many more of the saved bytes."""
 REGION_SHARES = (1 / 4, 1 / 16, 1 / 64)
 """The most that a region may make again at once, as shares of all saved bytes."""
-PARTS = (0.25, 0.5, 0.75)
-"""Shares of the regions that are computed again where all nodes belong to one: what lies between nothing and everything."""
+PARTS, SLICES = (0.25, 0.5, 0.75), 64
+"""Between two classes: the shares of the graph that take the dearer one, and the slices, of equal bytes, that are dealt out."""
 NEGLIGIBLE = 2e-5
 """The share of the forward below which a node belongs to every class: views, and operators on a few numbers."""
 REGION_US = 60.0
@@ -43,7 +44,7 @@ def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGr
         return dataclasses.replace(graph, classes=(whole,))
     found: dict[bytes, RecomputeClass] = {}
     for region in memory.choices():
-        region = memory.useful(region)
+        region = memory.numbered(memory.useful(region))
         if region.max() >= 0:
             found.setdefault(region.tobytes(), _class(profile, graph, memory, region, at_once=False))
     return dataclasses.replace(graph, classes=(*graph.classes, *_worth_their_time([*found.values(), whole])))
@@ -59,6 +60,24 @@ def _worth_their_time(classes: list[RecomputeClass]) -> list[RecomputeClass]:
         ):
             kept.append(way)
     return kept
+
+
+def _lower_hull(points: list[tuple[float, float, IntArray]]) -> list[IntArray]:
+    """The regions on the lower convex hull of (time, bytes), by time (Andrew's monotone chain)."""
+    hull: list[tuple[float, float, IntArray]] = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [region for _, _, region in hull]
+
+
+def _turns_up(
+    a: tuple[float, float, IntArray], b: tuple[float, float, IntArray], c: tuple[float, float, IntArray]
+) -> bool:
+    return (b[0] - a[0]) * (c[1] - a[1]) <= (b[1] - a[1]) * (c[0] - a[0])
 
 
 class _Memory:
@@ -113,14 +132,33 @@ class _Memory:
         self.alive = np.where(spans.cumsum() > 0, np.inf, change.cumsum())[: n + 1]
 
     def choices(self) -> Iterator[IntArray]:
-        """Regions of every class, and every second, say, of the regions that hold all nodes."""
-        total = float(self.saved.sum())
+        """Regions of the classes that are worth their time, and mixtures of neighbours: one in some slices of the graph."""
         for share in REGION_SHARES:
-            for ratio in self.thresholds():
-                yield self.regions(ratio, share * total)
-            every = self.regions(np.inf, share * total)
-            for part in PARTS:
-                yield np.where(np.floor((every + 1) * part) > np.floor(every * part), every, -1)
+            most = share * float(self.saved.sum())
+            found = [np.full(len(self.saved), -1, np.int64)]
+            found += [self.useful(self.regions(ratio, most)) for ratio in self.thresholds()]
+            hull = _lower_hull([(self.time_us(r), float(self.held(r).sum()), r) for r in found])
+            yield from hull
+            for one, other in itertools.pairwise(hull):
+                for part in PARTS:
+                    yield self.mixed(one, other, part)
+
+    def mixed(self, one: IntArray, other: IntArray, part: float) -> IntArray:
+        """The regions of `other` in a share of the slices of the graph, those of `one` in the rest; none is cut."""
+        n = len(one)
+        inside = ((one[1:] == one[:-1]) & (one[1:] >= 0)) | ((other[1:] == other[:-1]) & (other[1:] >= 0))
+        places = np.flatnonzero(~inside & np.isfinite(self.alive[1:n])) + 1
+        goals = np.arange(1, SLICES) * self.total[-1] / SLICES
+        at = np.minimum(np.searchsorted(self.total[places], goals), len(places) - 1) if len(places) else places
+        borders = np.unique(places[at])
+        number = np.searchsorted(borders, np.arange(n), "right")
+        second = np.floor((number + 1) * part) > np.floor(number * part)
+        return np.where(second, np.where(other >= 0, other + n, -1), one)
+
+    def time_us(self, region: IntArray) -> float:
+        """Time of all second runs."""
+        entered = (region >= 0) & (np.diff(region, prepend=-1) != 0)
+        return float(self.forward[self.repeated(region)].sum()) + REGION_US * int(entered.sum())
 
     def thresholds(self) -> list[float]:
         """Time for each byte up to which the classes go, each with a further share of the bytes."""
@@ -191,6 +229,11 @@ class _Memory:
             return region
         dropped = sum_by(region[inside], (self.saved - self.held(region))[inside], int(region.max()) + 1)
         return np.where(inside & (dropped[region] > 0), region, -1)
+
+    def numbered(self, region: IntArray) -> IntArray:
+        """The same regions with numbers from 0 on; what was a region is cut in two where others lie between."""
+        entered = (region >= 0) & (np.diff(region, prepend=-1) != 0)
+        return np.where(region >= 0, np.cumsum(entered) - 1, -1)
 
     def repeated(self, region: IntArray) -> NDArray[np.bool_]:
         """(N) nodes that run twice: all of a region but the node that it ends with, where that keeps only inputs."""

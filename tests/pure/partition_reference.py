@@ -89,10 +89,12 @@ def peaks_bytes(
         for name in {p for n in mine for p in n.params}:
             parameter = profile.parameters[name]
             static += parameter.bytes * (1 + (1 + states / shards if parameter.trainable else 0))
-        held = sum(n.saved_bytes for n in mine) + sum(node[t].output_bytes for t, _, target in crossed if target == k)
-        peaks.append(
-            static + min(num_stages - k, num_microbatches) * held + max((n.workspace_bytes for n in mine), default=0)
-        )
+        received = sum(node[t].output_bytes for t, _, target in crossed if target == k)
+        sent = sum(node[t].output_bytes for t in {t for t, source, _ in crossed if source == k})
+        held = sum(n.saved_bytes for n in mine) + received
+        buffers = min(2, num_microbatches - 1) * (2 * received + sent)
+        workspace = max((n.workspace_bytes for n in mine), default=0)
+        peaks.append(static + min(num_stages - k, num_microbatches) * held + buffers + workspace)
     return peaks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -62,6 +63,11 @@ def trained(make: Callable[..., object], **arguments: object) -> tuple[nn.Module
     return model, engine, loss, peak.num_bytes
 
 
+@functools.cache
+def without(make: Callable[..., object]) -> tuple[nn.Module, autopipe.Engine, Tensor, int]:
+    return trained(make, recompute="none")
+
+
 def limit_for(engine: autopipe.Engine, share: float) -> int:
     """A limit at which the activations have this share of what they took."""
     stage = engine.plan.stages[0]
@@ -72,7 +78,7 @@ def limit_for(engine: autopipe.Engine, share: float) -> int:
 @pytest.mark.parametrize("make", [stateful, gpt, resnet])
 @pytest.mark.parametrize("recompute", ["full", "auto"])
 def test_nothing_changes_but_the_memory(make: Callable[..., object], recompute: str) -> None:
-    plain, free, expected, most = trained(make, recompute="none")
+    plain, free, expected, most = without(make)
     limit = limit_for(free, 0.8 if make is stateful else 0.6)
     arguments = {"memory_limit": limit} if recompute == "auto" else {}
     model, engine, loss, held = trained(make, recompute=recompute, **arguments)
