@@ -10,6 +10,7 @@ torchvision and timm need a torch of their own: run these lists in that environm
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import importlib
 import math
@@ -25,17 +26,20 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "build" / "coverage"
 
 
-def work(kind: str, peers: bool, name: str) -> dict[str, Any]:
+def work(kind: str, peers: bool, label: str, name: str) -> dict[str, Any]:
     """One model, in a process of its own."""
+    import torch
+
     from benchmarks.coverage import build, compare
     from benchmarks.coverage import peers as others
 
     warnings.simplefilter("ignore")
+    stamp = {"torch": torch.__version__, "label": label}
     try:
         model, args, kwargs = build.LISTS[kind][1](name)
     except build.CannotBuild as cause:
-        return {"outcome": "skipped", "why": f"not built here: {cause}"}
-    return others.check(model, args, kwargs) if peers else compare.check(model, args, kwargs)
+        return stamp | {"outcome": "skipped", "why": f"not built here: {cause}"}
+    return stamp | (others.check(model, args, kwargs) if peers else compare.check(model, args, kwargs))
 
 
 def main() -> None:
@@ -48,7 +52,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=120)
     parser.add_argument("--budget-s", type=float, default=math.inf, help="start no model after this time")
-    parser.add_argument("--again", nargs="*", default=[], help="outcomes to run again: skipped, refused, wrong, error")
+    parser.add_argument(
+        "--again", nargs="*", default=[], help="outcomes of other labels to run again: skipped, refused, ..."
+    )
+    parser.add_argument("--label", default=datetime.date.today().isoformat(), help="kept with each result")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md and docs/coverage.json")
     options = parser.parse_args()
@@ -63,12 +70,16 @@ def main() -> None:
         from benchmarks.coverage import build, pool
 
         out = options.out / f"{kind}{'-peers' if options.peers else ''}.jsonl"
-        done = {n for n, one in pool.read(out).items() if one["outcome"] not in options.again}
+        done = {
+            n
+            for n, one in pool.read(out).items()
+            if one["outcome"] not in options.again or one.get("label") == options.label
+        }
         if options.peers:  # what could not be built is not built again
             done |= {n for n, one in pool.read(options.out / f"{kind}.jsonl").items() if one["outcome"] == "skipped"}
         names = [n for n in build.LISTS[kind][0]() if not options.only or any(o in n for o in options.only)]
         names = [n for n in names if n not in done]
-        run = functools.partial(work, kind, options.peers)
+        run = functools.partial(work, kind, options.peers, options.label)
         left = pool.run_all(names, run, out, options.workers, options.limit_s, options.budget_s)
         print(f"{kind}: {left} left", flush=True)
     if options.write:

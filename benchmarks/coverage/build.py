@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.coverage import inputs, tiny
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-LIMIT = 60_000_000  # parameters of a model that is made tiny
+LIMIT = 100_000_000  # parameters of a model that is made tiny
 WHOLE_LIMIT = 330_000_000  # parameters of a model that is taken as it is
 
 
@@ -64,26 +64,36 @@ def transformers_model(name: str) -> Built:
     transformers.logging.set_verbosity_error()
     model_type, _, attention = name.partition(":")
     base = MODEL_MAPPING_NAMES.get(model_type)
-    class_name = _heads().get(model_type) or (base[0] if isinstance(base, (list, tuple)) else base)
-    model_class, reasons = getattr(transformers, str(class_name)), list[str]()
-    for how, config in tiny.candidates(CONFIG_MAPPING[model_type]):
+    base = base[0] if isinstance(base, (list, tuple)) else base
+    reasons = list[str]()
+    for class_name in dict.fromkeys(n for n in (_heads().get(model_type), base) if n):
+        model_class = getattr(transformers, str(class_name))
+        if attention == "sdpa" and not model_class._supports_sdpa:
+            raise CannotBuild(f"{class_name} has no sdpa attention")
+        for built in _of_class(model_class, CONFIG_MAPPING[model_type], attention):
+            if not isinstance(built, str):
+                return built
+            reasons.append(built)
+    raise CannotBuild("; ".join(dict.fromkeys(reasons[:1] + reasons[-1:])) or "no configuration could be made")
+
+
+def _of_class(model_class: Any, config_class: Any, attention: str) -> Iterator[Built | str]:
+    """For each way to make it small, a model of the class with a call, or why there is none."""
+    for how, config in tiny.candidates(config_class):
         try:
             config._attn_implementation = attention
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(config).parameters())
             if size > LIMIT:
-                reasons.append(f"{how}: {size / 1e6:.0f} million parameters")
+                yield f"{how}: {size / 1e6:.0f} million parameters"
                 continue
             torch.manual_seed(0)
             model = model_class(config).float()
         except Exception as cause:  # noqa: BLE001 (the next configuration is tried, and the last reason reported)
-            reasons.append(f"{how}: {type(cause).__name__}: {' '.join(str(cause).split())[:160]}")
+            yield f"{how}: {type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
             continue
         found = _call_that_runs(model, model.config)
-        if isinstance(found, dict):
-            return model, (), found
-        reasons.append(f"{how}: {found}")
-    raise CannotBuild("; ".join(dict.fromkeys(reasons[:1] + reasons[-1:])) or "no configuration could be made")
+        yield (model, (), found) if isinstance(found, dict) else f"{how}: {found}"
 
 
 def _call_that_runs(model: nn.Module, config: Any) -> dict[str, Any] | str:

@@ -111,7 +111,7 @@ def _fill(config: Any, parameters: Any, size: int | None, speech: str) -> dict[s
     if "input_features" in parameters:
         filled["input_features"] = _speech(config, speech)
     if "input_values" in parameters:
-        codec = "audio_codes" in parameters or "padding_mask" in parameters
+        codec = "audio_codes" in parameters or "padding_mask" in parameters or "n_quantizers" in parameters
         spectrogram = (
             hasattr(config, "num_mel_bins") and hasattr(config, "max_length") and "input_ids" not in parameters
         )

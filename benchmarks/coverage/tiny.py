@@ -110,8 +110,9 @@ def shrunk(config: Any, rule: Callable[[str, int], int], lists: bool) -> dict[st
             new_list = _lists(name, list(own))
             if new_list != list(own):
                 found[name] = type(own)(new_list)
-    if getattr(config, "vocab_size", 0) is None:
-        found["vocab_size"] = VOCAB
+    for name, value in (("vocab_size", VOCAB), ("prediction_length", 8)):
+        if getattr(config, name, 0) is None:
+            found[name] = value
     depth = found.get("num_hidden_layers")
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "block_types"):
         kinds = getattr(config, name, None)
@@ -149,6 +150,7 @@ def candidates(config_class: Any) -> Iterator[tuple[str, Any]]:
     ways: list[tuple[str, Callable[[str, int], int], bool]] = [
         ("table", _by_table, True), ("table, lists as they are", _by_table, False), ("scaled by 8", _scaled(8), True),
         ("scaled by 4", _scaled(4), False), ("fewer layers", _only_layers, True), ("fewest changes", _only_layers, False),
+        ("as configured", lambda name, value: value, False),
     ]  # fmt: skip
     for how, rule, lists in ways:
         try:
