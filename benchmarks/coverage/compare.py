@@ -233,6 +233,36 @@ def _differences(
         done.add(count)
 
 
+def other_batch(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A batch of the same shapes and other values: rows in reverse, whole numbers shifted along the last dimension, others scaled."""
+
+    def other(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            return t
+        t = t.detach().flip(0)
+        return t * 0.9 if t.is_floating_point() or t.is_complex() else t.roll(1, -1) if t.dim() > 1 else t
+
+    changed: tuple[Any, Any] = pytree.tree_map(other, (args, kwargs))
+    return changed
+
+
+def _on_another_batch(model: nn.Module, captured: Captured, args: Any, kwargs: Any) -> str:
+    """`equal`, `not run` where the plain model does not take the batch, `raises` where a guard says that it is another, or what differs."""
+    args, kwargs = other_batch(args, kwargs)
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    try:
+        expected = observe(model, lambda: plain(model, args, kwargs), None)
+    except Exception:  # noqa: BLE001 (a batch that the model does not take shows nothing)
+        return "not run"
+    try:
+        got = observe(model, lambda: with_checkpoints(captured.graph_module)(*tensors), None)
+    except RuntimeError as cause:
+        if "the model was captured while" in str(cause):
+            return "raises"
+        raise
+    return difference(got, expected) or "equal"
+
+
 def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The verdict on one model: `right`, `refused`, `wrong` or `skipped`, and why."""
     answer: dict[str, Any] = {"outcome": "right", "parameters": sum(p.numel() for p in model.parameters())}
@@ -271,6 +301,9 @@ def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         for what, wrong in _differences(model, captured, args, kwargs, captured.loss, expected):
             if wrong:
                 return answer | {"outcome": "wrong", "why": f"{mode}, {what}: {wrong}"}
+        other = answer[f"other_{mode}"] = _on_another_batch(model, captured, args, kwargs)
+        if other not in ("equal", "not run", "raises"):
+            return answer | {"outcome": "wrong", "why": f"{mode}, another batch: {other}"}
     return answer
 
 

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from autopipe.capture.trace import flatten_output
 from benchmarks.coverage.compare import difference, observe, plain
 
 
 def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`right`, `refused` or `wrong` for each of the two."""
+    """`right`, `refused` or `wrong` for each of the two. Models of transformers are asked for no cache, as neither takes one."""
     model.train()
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     try:
         first, second = (observe(model, lambda: plain(model, args, kwargs), None) for _ in range(2))
     except Exception as cause:  # noqa: BLE001 (a model that does not run by itself is no case)
@@ -68,4 +71,5 @@ def _pipeline(model: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
     ]
     split = {max(lists)[1]: SplitPoint.BEGINNING} if lists else None
     pipe = pipeline(model, mb_args=args, mb_kwargs=kwargs, split_spec=split)
+    pipe.executor = fx.Interpreter(pipe.split_gm)  # its own cuts gradients off between the stages, which ranks send
     return lambda *a, **k: pipe(*a, **k)
