@@ -26,15 +26,18 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "build" / "coverage"
 
 
-def work(kind: str, peers: bool, label: str, name: str) -> dict[str, Any]:
+def work(kind: str, peers: bool, label: str, out: Path, name: str) -> dict[str, Any]:
     """One model, in a process of its own."""
     import torch
 
-    from benchmarks.coverage import build, compare
+    from benchmarks.coverage import build, compare, pool
     from benchmarks.coverage import peers as others
 
     warnings.simplefilter("ignore")
     stamp = {"torch": torch.__version__, "label": label}
+    twin = pool.read(out).get(name.replace(":sdpa", ":eager"), {})
+    if twin.get("label") == label and str(twin.get("why")).startswith("not built here"):
+        return stamp | {"outcome": "skipped", "why": twin["why"]}
     try:
         model, args, kwargs = build.LISTS[kind][1](name)
     except build.CannotBuild as cause:
@@ -79,7 +82,7 @@ def main() -> None:
             done |= {n for n, one in pool.read(options.out / f"{kind}.jsonl").items() if one["outcome"] == "skipped"}
         names = [n for n in build.LISTS[kind][0]() if not options.only or any(o in n for o in options.only)]
         names = [n for n in names if n not in done]
-        run = functools.partial(work, kind, options.peers, options.label)
+        run = functools.partial(work, kind, options.peers, options.label, out)
         left = pool.run_all(names, run, out, options.workers, options.limit_s, options.budget_s)
         print(f"{kind}: {left} left", flush=True)
     if options.write:

@@ -8,10 +8,12 @@ depends on values stays with its readers, so that those that cross have the shap
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -164,3 +166,9 @@ def hidden_writes(target: Any, args: Any, kwargs: Any) -> list[Tensor]:
         updates = given.get("training", False) if target is F.batch_norm else given.get("use_input_stats", True)
         return [given[n] for n in names[1:3] if updates and given.get(n) is not None]
     return []
+
+
+def python_random() -> tuple[Any, ...]:
+    """The states of the generators of Python and numpy, as far as every draw changes them."""
+    state = np.random.get_state()
+    return random.getstate()[1][-1], random.getstate()[1][0], state[2], int(state[1][0]), state[3]  # type: ignore[index]

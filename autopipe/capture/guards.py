@@ -59,20 +59,24 @@ class Permission:
     Attributes:
         on_fakes: the recording runs on fake tensors, whose values must be computed from the inputs.
         everywhere: they may be in all code.
+        fixed: shapes that depend on values are guarded; else they may vary, and no Python may ask for them.
         places: modules, and methods as `name:method`, in whose own code they may.
+        answers_in: modules in whose own code the answers to yes-no questions may, such as `(mask > 0).all()`.
         of: finds the method that runs.
     """
 
     on_fakes: bool
     everywhere: bool
+    fixed: bool
     places: frozenset[str]
+    answers_in: frozenset[str]
     of: Places
 
-    def given(self, module: str) -> bool:
-        """Whether a value that is read now, while `module` is the innermost that runs, may become a guard."""
+    def given(self, module: str, answer: bool) -> bool:
+        """Whether a value, or the answer to a yes-no question, that `module`, the innermost that runs, reads now may become a guard."""
         if self.everywhere:
             return True
-        if module not in self.places:
+        if module not in self.places and not (answer and module in self.answers_in):
             return False
         method = None if self.on_fakes else self.of.method_now()
         return method is None or method in self.places
@@ -99,6 +103,24 @@ def drawn_at_random(nodes: Iterable[fx.Node]) -> bool:
         waiting += [v for v in node.all_input_nodes if v not in seen]
         seen.update(node.all_input_nodes)
     return False
+
+
+_OUTSIDE_OF_UNIT = {  # what a comparison of a number drawn from [0, 1) with a bound says, if it is settled
+    "lt": lambda bound: False if bound <= 0 else True if bound >= 1 else None,
+    "le": lambda bound: False if bound < 0 else True if bound >= 1 else None,
+    "gt": lambda bound: True if bound < 0 else False if bound >= 1 else None,
+    "ge": lambda bound: True if bound <= 0 else False if bound >= 1 else None,
+}
+
+
+def settled(node: fx.Node) -> bool | None:
+    """What a comparison says whatever is drawn, such as `torch.rand([]) < layerdrop` where that is 0; None where it is open."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    answer = _OUTSIDE_OF_UNIT.get(name.strip("_"))
+    if answer is None or len(node.args) != 2 or not isinstance(node.args[1], (int, float)):
+        return None
+    drawn = node.args[0]
+    return answer(node.args[1]) if isinstance(drawn, fx.Node) and drawn.target is torch.rand else None
 
 
 class Evaluator:

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopipe.capture.compat import without_torch_function
 from autopipe.capture.opaque import real_like
-from autopipe.capture.recorder import Recorder, Untraceable
+from autopipe.capture.reading import Untraceable
+from autopipe.capture.recorder import Recorder
 
 
 def call_with_hooks(

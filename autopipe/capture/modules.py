@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from autopipe.capture.compat import (
@@ -23,10 +23,10 @@ from autopipe.capture.compat import (
     without_torch_function,
 )
 from autopipe.capture.hooks import call_with_hooks
-from autopipe.capture.objects import holds_state, tensors_inside
+from autopipe.capture.objects import holds_state, map_tensors
 from autopipe.capture.opaque import materialise, run_module, shapes_vary
-from autopipe.capture.places import MethodModule, method_target
-from autopipe.capture.recorder import Recorder, Untraceable
+from autopipe.capture.places import AttributesRead, MethodModule, method_target
+from autopipe.capture.recorder import Recorder
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _TRAVERSED = ("torch.nn.modules.transformer", "torch.nn.modules.module", "torch.nn.utils")
@@ -99,6 +99,7 @@ class ModuleCalls:
             return original(module, *args, **kwargs)
         if (inner := compiled_original(module)) is not None:
             return self._call(original, inner, args, kwargs)
+        recorder.check_python_random()  # what was drawn before is the caller's
         previous = recorder.module_stack
         recorder.module_stack = {**previous, name: (name, type(module))}
         try:
@@ -106,13 +107,11 @@ class ModuleCalls:
                 return self._as_one_node(original, module, name, args, kwargs)
             if name and is_leaf(module) and self._holds_its_own(module, name):
                 return self._as_one_node(original, module, name, args, kwargs)
-            drawn = _python_random()
             if not name and has_hooks(module):
                 out = call_with_hooks(recorder, module, args, kwargs, self._fake_mode)
             else:
                 out = original(module, *args, **kwargs)
-            if drawn != _python_random():
-                raise Untraceable("random numbers drawn by Python or numpy, which a graph would draw only once")
+            recorder.check_python_random()
             return out
         except Exception:
             self.failed = self.failed or name
@@ -146,8 +145,7 @@ class ModuleCalls:
                 "call_module", name, args, kwargs, run, reads=own, varies=varies if whole else None
             )
         finally:  # what a module that is kept whole draws, it draws again at every run
-            random.setstate(state[0])
-            np.random.set_state(state[1])
+            _set_python_random(state)
 
     @contextlib.contextmanager
     def whole_methods(self, model: nn.Module) -> Iterator[dict[str, nn.Module]]:
@@ -156,27 +154,50 @@ class ModuleCalls:
         for place in sorted(p for p in self._opaque if ":" in p):
             name, _, method = place.partition(":")
             owner = model.get_submodule(name)
-            target, found[target] = method_target(place), MethodModule(owner, method)
-            owner.__dict__[method] = self._whole_method(target, found[target], owner)
+            module = MethodModule(owner, method)
+            found[method_target(place)] = module
+            owner.__dict__[method] = self._whole_method(method_target(place), module, owner)
         yield found  # `trace` puts back what was assigned to attributes
 
-    def _whole_method(self, target: str, module: nn.Module, owner: nn.Module) -> Callable[..., Any]:
+    def _whole_method(self, target: str, module: MethodModule, owner: nn.Module) -> Callable[..., Any]:
         recorder = self._recorder
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if recorder.inside:
-                return module.forward(*args, **kwargs)
-
-            def run() -> Any:
-                with _NoAttributes(recorder):
-                    return module.forward(*args, **kwargs)
+                return module.call_plainly(*args, **kwargs)
+            state = random.getstate(), np.random.get_state()
+            values = self._attributes_read(module, owner, args, kwargs)
+            _set_python_random(state)
 
             def varies(out: Any) -> bool:
-                return shapes_vary(module.forward, owner, args, kwargs, out)
+                return shapes_vary(module.forward, owner, (values, *args), kwargs, out)
 
-            return recorder.record("call_module", target, args, kwargs, run, varies=varies)
+            def run() -> Any:
+                with without_torch_function():
+                    return module.forward(values, *args, **kwargs)
+
+            try:
+                return recorder.record("call_module", target, (values, *args), kwargs, run, varies=varies)
+            finally:
+                _set_python_random(state)
 
         return call
+
+    def _attributes_read(self, module: MethodModule, owner: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+        """Tells the method's module which parameters and buffers of its owner it reads; gives their values."""
+        reads = AttributesRead(owner)
+        args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
+        buffers = [(b, b.detach().clone()) for b in owner.buffers()]
+        self._recorder.inside += 1
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), reads:
+                module.call_plainly(*args, **kwargs)
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        finally:
+            self._recorder.inside -= 1
+        module.names = tuple(reads.found)
+        return list(reads.found.values())
 
     def _run_on_real_tensors(
         self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any
@@ -238,23 +259,9 @@ class ModuleCalls:
             self._recorder.checkpoint_region = self._outer_regions.pop()
 
 
-class _NoAttributes(TorchFunctionMode):
-    """Raises where code reads a parameter or buffer of the model: a method that is kept whole has no place for them."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(self._recorder.is_attribute(t) for t in tensors_inside((args, kwargs or {}))):
-            raise Untraceable("a method that reads values of tensors, and parameters or buffers of the model")
-        return func(*args, **(kwargs or {}))
-
-
-def _python_random() -> tuple[Any, ...]:
-    """The states of the generators of Python and numpy, as far as every draw changes them."""
-    state = np.random.get_state()
-    return random.getstate()[1][-1], random.getstate()[1][0], state[2], int(state[1][0]), state[3]  # type: ignore[index]
+def _set_python_random(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
 
 
 _APPLIERS: dict[type, Callable[..., Any]] = {}

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.capture.compat import is_scripted, swap_parameters
 from autopipe.capture.objects import map_tensors, tensors_inside
-from autopipe.capture.recorder import Untraceable
+from autopipe.capture.reading import Untraceable
 
 
 def run_module(

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.compat import without_torch_function
-from autopipe.capture.effects import Effects, RandomWatch, hidden_writes, tensors_in
-from autopipe.capture.guards import Evaluator, Permission, ctc_twin, drawn_at_random, guard, guard_plain, guard_shape
-from autopipe.capture.objects import attributes_of, make_object, make_registered, plain_values
+from autopipe.capture.effects import Effects, RandomWatch, hidden_writes, python_random, tensors_in
+from autopipe.capture.guards import (
+    Evaluator,
+    Permission,
+    ctc_twin,
+)
+from autopipe.capture.objects import attributes_of, make_object, make_registered
 from autopipe.capture.places import source_line
+from autopipe.capture.reading import READS_VALUES, SIZES, Untraceable, ValueReads
 from autopipe.capture.regions import RegionReader
 
 # Python-level methods of Tensor; some of them carry a misleading __name__.
@@ -32,28 +36,11 @@ _PRINTABLE = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _DESCRIPTORS = (types.MethodDescriptorType, types.WrapperDescriptorType)
-_READS_VALUES = {
-    "item",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "__complex__",
-    "tolist",
-    "is_nonzero",
-    "equal",
-    "allclose",
-    "__contains__",
-}
 _ESCAPES = {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
 _REFUSED = {"retain_grad", "register_post_accumulate_grad_hook", "backward"}
 
 
-class Untraceable(Exception):
-    """Something in the model's Python that a graph cannot hold; the message says what, the capture chain adds where."""
-
-
-class Recorder(TorchFunctionMode):
+class Recorder(ValueReads):
     """Records the calls made under it.
 
     Args:
@@ -70,15 +57,15 @@ class Recorder(TorchFunctionMode):
         self.module_stack: dict[str, tuple[str, type]] = {}
         self.checkpoint_region: int | None = None
         self.inside = 0  # depth of calls that are recorded as one node: what they call is not recorded
-        self._permission = permission
-        self._evaluate: Evaluator | None = None
+        self.permission, self._python_random = permission, python_random()
+        self.evaluate: Evaluator | None = None
         self._names = {id(t): name for name, t in reversed(attributes.items())}
-        self._bound: dict[int, tuple[Tensor, fx.Node]] = {}
+        self.bound: dict[int, tuple[Tensor, fx.Node]] = {}
         self._attributes = attributes
 
     def evaluate_with(self, evaluate: Evaluator) -> None:
         """`evaluate`: finds the values behind fake tensors; raises `Untraceable` where these need more than the inputs."""
-        self._evaluate = evaluate
+        self.evaluate = evaluate
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
 
@@ -86,7 +73,7 @@ class Recorder(TorchFunctionMode):
         """Adds a model input."""
         node = self.graph.placeholder(name)
         node.meta["val"] = tensor
-        self._bound[id(tensor)] = (tensor, node)
+        self.bound[id(tensor)] = (tensor, node)
 
     def is_attribute(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of the model's parameters or buffers."""
@@ -94,8 +81,8 @@ class Recorder(TorchFunctionMode):
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node whose value the tensor is; parameters, buffers and constants get one when they are first read."""
-        if id(tensor) in self._bound:
-            return self._bound[id(tensor)][1]
+        if id(tensor) in self.bound:
+            return self.bound[id(tensor)][1]
         name = self._names.get(id(tensor))
         if name is None:
             if isinstance(tensor, FakeTensor):
@@ -104,7 +91,7 @@ class Recorder(TorchFunctionMode):
             self.constants[name] = tensor
         node = self.graph.create_node("get_attr", name)
         node.meta["val"] = tensor
-        self._bound[id(tensor)] = (tensor, node)
+        self.bound[id(tensor)] = (tensor, node)
         return node
 
     def argument(self, value: Any) -> Any:
@@ -136,7 +123,7 @@ class Recorder(TorchFunctionMode):
         else:
             target, args = make_registered, (self.argument(leaves), self._object(spec))  # type: ignore[assignment]
         node = self.graph.call_function(target, args)
-        self._describe(node, value)
+        self.describe(node, value)
         return node
 
     def _object(self, value: Any) -> fx.Node:
@@ -161,6 +148,7 @@ class Recorder(TorchFunctionMode):
             reads: tensors that it touches beside its arguments (a module's own).
             varies: of code kept whole that runs on real tensors, whether the shapes of what it gave depend on values.
         """
+        self.check_python_random()
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         inputs = tensors_in(args, kwargs) + (reads or [])
         seen = self.effects.before(inputs)
@@ -174,61 +162,40 @@ class Recorder(TorchFunctionMode):
                 varying = varies(out)
         except DynamicOutputShapeException:
             out = ctc_twin(args, kwargs) if target is F.ctc_loss else None
-            out = self._evaluated(op, target, node_args, node_kwargs) if out is None else out
+            out = self.evaluated(op, target, node_args, node_kwargs) if out is None else out
         finally:
             self.inside -= 1
         if op != "call_module" and self._is_noop(out, seen):
             return out
         node = self.graph.create_node(op, target, node_args, node_kwargs)
-        self._describe(node, out)
+        self.describe(node, out)
         with without_torch_function():
             self.effects.after(node, seen, out, hidden_writes(target, args, kwargs))
         if self.random.drawn:
             node.meta["random"] = True
         if varying is not None:
-            self._guard_whole(node, out, varying)
-        elif self.random.shaped_by_values and op != "call_module" and isinstance(out, Tensor):
-            self._may_be_read(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
-            self._guard_node(guard_shape, (node, tuple(out.shape)))
+            self.guard_whole(node, out, varying)
+        elif self.random.shaped_by_values and op != "call_module":
+            self.may_be_read(
+                f"{getattr(target, '__name__', target)}, the shape of whose result depends on values",
+                answer=not self.permission.fixed,
+            )
+            self.shaped_by_values(node, out)
         elif any(n.meta.get("varying") for n in node.all_input_nodes):
-            self._let_vary(node, out, op)
+            self.let_vary(node, out, op)
         self._bind(out, node)
         return out
 
-    def _guard_whole(self, node: fx.Node, out: Any, varying: bool) -> None:
-        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary."""
-        numbers = plain_values(out)
-        free = varying and not self._permission.everywhere
-        if free:
-            node.meta["varying"] = True
-        if numbers or not free:
-            shapes = None if free else [tuple(t.shape) for t in tensors_in(out)]
-            self._guard_node(guard_plain, (node, numbers, shapes))
-
-    def _let_vary(self, node: fx.Node, out: Any, op: str) -> None:
-        """What is made from a tensor whose shape depends on values has such a shape too, if it has any."""
-        if op != "call_module" and not isinstance(out, Tensor):
-            raise Untraceable(f"{node.target}, whose result depends on the size of a tensor that depends on values")
-        if any(t.dim() for t in tensors_in(out)):
-            node.meta["varying"] = True
-
-    def _evaluated(self, op: str, target: Any, args: Any, kwargs: Any) -> Any:
-        """The fake twin of a value whose shape depends on values, where these follow from the model's inputs."""
-        self._may_be_read(f"{getattr(target, '__name__', target)}, the shape of whose result depends on values")
-        assert self._evaluate is not None
-        self.random.shaped_by_values = True
-        return self._evaluate.fake_twin(op, target, args, kwargs)
-
-    def _may_be_read(self, what: str, cause: Exception | None = None) -> None:
-        """Raises where values that the running code reads may not become guards."""
-        if not self._permission.given(next(reversed(self.module_stack), "")):
-            raise Untraceable(what) from cause
+    def check_python_random(self) -> None:
+        """Raises where Python or numpy has drawn random numbers since the recording began, outside of what is kept whole."""
+        if not self.inside and python_random() != self._python_random:
+            raise Untraceable("random numbers drawn by Python or numpy, which a graph would draw only once")
 
     def _is_noop(self, out: Any, seen: list[tuple[Tensor, int]]) -> bool:
         """A call such as `x.contiguous()` that returned its own unchanged argument."""
         return isinstance(out, Tensor) and any(out is t and t._version == v for t, v in seen)
 
-    def _describe(self, node: fx.Node, value: Any) -> None:
+    def describe(self, node: fx.Node, value: Any) -> None:
         node.meta["val"] = value
         node.meta["nn_module_stack"] = dict(self.module_stack)
         node.meta["region"] = self.regions.read()
@@ -238,7 +205,7 @@ class Recorder(TorchFunctionMode):
 
     def _bind(self, out: Any, node: fx.Node) -> None:
         if isinstance(out, Tensor):
-            self._bound[id(out)] = (out, node)
+            self.bound[id(out)] = (out, node)
         elif isinstance(out, (list, tuple)):
             for i, item in enumerate(out):
                 self._bind_item(item, node, i)
@@ -252,7 +219,7 @@ class Recorder(TorchFunctionMode):
     def _bind_item(self, item: Any, node: fx.Node, key: Any, take: Callable[..., Any] = operator.getitem) -> None:
         if tensors_in(item):
             child = self.graph.call_function(take, (node, key))
-            self._describe(child, item)
+            self.describe(child, item)
             if node.meta.get("varying") and any(t.dim() for t in tensors_in(item)):
                 child.meta["varying"] = True
             with without_torch_function():
@@ -267,12 +234,12 @@ class Recorder(TorchFunctionMode):
         if self.inside or func is torch._C._set_grad_enabled:
             return func(*args, **kwargs)
         if name in _PLAIN_QUESTIONS:
-            if name in _SIZES:
-                self._may_be_sized(args)
+            if name in SIZES:
+                self.may_be_sized(args)
             return func(*args, **kwargs)
         if name == "__get__":
             if func.__self__.__name__ == "shape":
-                self._may_be_sized(args)
+                self.may_be_sized(args)
             return self._property(func, args, kwargs)
         if name == "__set__":
             if func.__self__.__name__ == "data":
@@ -286,8 +253,8 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"Tensor.{name}() inside forward")
         if name in ("register_hook", "requires_grad_"):
             return self._bound_to(func, name, args, kwargs)
-        if name in _READS_VALUES and tensors_in(args, kwargs):
-            return self._read_value(func, name, args, kwargs)
+        if name in READS_VALUES and tensors_in(args, kwargs):
+            return self.read_value(func, name, args, kwargs)
         if name == "__iter__":
             return iter(self.record("call_method", "unbind", (args[0], 0), {}, lambda: args[0].unbind(0)))
         if name == "__reversed__":
@@ -308,15 +275,9 @@ class Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
         return out
 
-    def _may_be_sized(self, args: Any) -> None:
-        """Raises where the size of a tensor, which Python is about to read, depends on values."""
-        bound = self._bound.get(id(args[0])) if args else None
-        if bound is not None and bound[1].meta.get("varying"):
-            raise Untraceable("the size of a tensor that depends on values")
-
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and id(out) not in self._bound and id(out) not in self._names:
+        if isinstance(out, Tensor) and id(out) not in self.bound and id(out) not in self._names:
             name = func.__self__.__name__
             return self.record("call_function", getattr, (args[0], name), {}, lambda: out)
         return out
@@ -327,43 +288,20 @@ class Recorder(TorchFunctionMode):
         if name == "register_hook":
             if any(tensors_in(cell.cell_contents) for cell in getattr(args[1], "__closure__", None) or ()):
                 raise Untraceable("Tensor.register_hook() inside forward, with a function that holds tensors")
-            if id(tensor) not in self._bound:
+            if id(tensor) not in self.bound:
                 raise Untraceable(
                     "Tensor.register_hook() on a parameter inside forward, which adds a hook at every call"
                 )
         maker = self.node_of(tensor)
         out = func(*args, **kwargs)
         node = self.graph.call_method(name, self.argument(tuple(args)), self.argument(dict(kwargs)))
-        self._describe(node, None)
+        self.describe(node, None)
         node.meta["effect"] = True
         self.effects.keep_together([maker, node])
         if name == "requires_grad_":
             return out
         out.remove()
         return _RecordedHandle()
-
-    def _read_value(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
-        what = f"Tensor.{name}(), so that Python reads a value"
-        if not self._permission.on_fakes:
-            if drawn_at_random(self.node_of(t) for t in tensors_in(args)):
-                raise Untraceable(f"{what} drawn at random")
-            self._may_be_read(f"{what} of a tensor")
-            value = func(*args, **kwargs)
-        else:
-            try:
-                return func(*args, **kwargs)
-            except Exception as cause:  # noqa: BLE001 (`_may_be_read` raises it again)
-                self._may_be_read(f"{what} of a tensor", cause)
-                assert self._evaluate is not None
-                value = self._evaluate(name, node_args, node_kwargs)
-        self._guard_node(guard, (name, value, node_args, node_kwargs))
-        return value
-
-    def _guard_node(self, target: Callable[..., Any], args: Any) -> None:
-        node = self.graph.call_function(target, args)
-        self._describe(node, None)
-        node.meta["writes"] = True  # keeps it from being removed as dead code
 
 
 class _RecordedHandle:
@@ -387,6 +325,3 @@ _PLAIN_QUESTIONS = {
     "size", "dim", "numel", "nelement", "__len__", "stride", "storage_offset", "is_floating_point", "is_complex", "is_contiguous",
     "is_signed", "element_size", "get_device", "ndimension", "is_conj", "is_neg", "is_inference", "__repr__", "__format__", "__hash__",
 }  # fmt: skip
-
-
-_SIZES = {"size", "numel", "nelement", "__len__", "stride"}

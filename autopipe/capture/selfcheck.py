@@ -16,6 +16,7 @@ from autopipe.capture.captured import Captured
 from autopipe.capture.checkpointing import with_checkpoints
 from autopipe.capture.compat import is_scripted
 from autopipe.capture.loss import LossModule
+from autopipe.capture.places import source_of
 from autopipe.capture.trace import Call, flatten_output
 from autopipe.errors import CaptureError
 
@@ -82,7 +83,7 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
         raise CaptureError(
             f"the captured graph fails where the model runs: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
             expected="a graph that runs on the micro-batch it was captured with",
-            where=type(model).__name__,
+            where=source_of(model, ""),
             remedy="keep code whose path depends on values or on random numbers in a submodule of its own",
         ) from cause
     for name, value in expected.items():
@@ -91,9 +92,15 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
             raise CaptureError(
                 f"the captured graph differs from the model in {name}: {difference}",
                 expected="equal outputs, gradients and buffers on one micro-batch",
-                where=type(model).__name__,
+                where=source_of(model, _owner(name)),
                 remedy="look for Python randomness or state that changes from call to call; self_check=False trusts the graph",
             )
+
+
+def _owner(name: str) -> str:
+    """The module that holds the parameter or buffer that an observed value is of; the model for its outputs."""
+    kind, _, value = name.rpartition(" ")
+    return "" if kind == "output" else value.rpartition(".")[0]
 
 
 def _observe(model: nn.Module, run: Any) -> dict[str, Any]:

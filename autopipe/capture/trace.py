@@ -21,7 +21,8 @@ from autopipe.capture.loss import LOSS_MODULE, LossFunction, LossModule, find_lo
 from autopipe.capture.modules import ModuleCalls, has_hooks
 from autopipe.capture.opaque import real_like
 from autopipe.capture.places import Places, is_method
-from autopipe.capture.recorder import Recorder, Untraceable
+from autopipe.capture.reading import Untraceable
+from autopipe.capture.recorder import Recorder
 from autopipe.capture.regions import emit_regions
 
 
@@ -46,6 +47,8 @@ class Way:
         guarded: run on the real tensors, and record all values that Python reads as equality guards.
         guard_in: modules in whose own code values may become equality guards: on fake tensors those that follow from the
             inputs alone, on real ones all but those drawn at random.
+        answers_in: modules in whose own code the answers to yes-no questions alone may.
+        fixed: there, shapes that depend on values become guards too; else they may vary, and no Python may ask for them.
     """
 
     opaque: frozenset[str] = frozenset()
@@ -53,11 +56,13 @@ class Way:
     real: bool = False
     guarded: bool = False
     guard_in: frozenset[str] = frozenset()
+    answers_in: frozenset[str] = frozenset()
+    fixed: bool = False
 
     @property
     def name(self) -> str:
         """What `Captured.route` says."""
-        if self.guarded or self.guard_in:
+        if self.guarded or self.guard_in or self.answers_in:
             return "guarded"
         return "opaque" if self.opaque else "recorded, compiling" if self.compiling else "recorded"
 
@@ -111,7 +116,14 @@ def _record(model: nn.Module, call: Call, start: State, way: Way) -> tuple[Captu
     swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
     real = [t for t in pytree.tree_leaves((call.args, dict(call.kwargs), call.target)) if isinstance(t, Tensor)]
     places = Places(model)
-    permission = Permission(on_fakes=fake_mode is not None, everywhere=way.guarded, places=way.guard_in, of=places)
+    permission = Permission(
+        on_fakes=fake_mode is not None,
+        everywhere=way.guarded,
+        fixed=way.fixed or way.guarded,
+        places=way.guard_in,
+        answers_in=way.answers_in,
+        of=places,
+    )
     recorder = Recorder({name: stand_ins[name] for name in dict.fromkeys(names.values())}, permission)
     calls = ModuleCalls(recorder, model, way.opaque, originals, fake_mode)
     modules: dict[str, nn.Module] = {}

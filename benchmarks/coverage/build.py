@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks.coverage import inputs, tiny
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-LIMIT = 100_000_000  # parameters of a model that is made tiny
+LIMIT = 60_000_000  # parameters of a model that is made tiny
+PATIENCE_S = 25  # for finding a configuration and a call
 WHOLE_LIMIT = 330_000_000  # parameters of a model that is taken as it is
 
 
@@ -79,7 +81,10 @@ def transformers_model(name: str) -> Built:
 
 def _of_class(model_class: Any, config_class: Any, attention: str) -> Iterator[Built | str]:
     """For each way to make it small, a model of the class with a call, or why there is none."""
+    begun = time.process_time()
     for how, config in tiny.candidates(config_class):
+        if time.process_time() - begun > PATIENCE_S:
+            return
         try:
             config._attn_implementation = attention
             with torch.device("meta"):
@@ -102,7 +107,10 @@ def _call_that_runs(model: nn.Module, config: Any) -> dict[str, Any] | str:
         calls = list(inputs.variants(model))
     except Exception as cause:  # noqa: BLE001 (inputs could not be made from this configuration)
         return f"inputs: {type(cause).__name__}: {str(cause)[:120]}"
+    begun = time.process_time()
     for what, filled in calls:
+        if time.process_time() - begun > PATIENCE_S:
+            break
         tried: dict[str, Any] | None = filled
         for _ in range(2):
             try:

@@ -1000,3 +1000,46 @@ class OneStageDetector(Detector):
 
 CASES["a detector in two steps"] = lambda: (Detector(), (x(),), {})
 CASES["a detector in one step"] = lambda: (OneStageDetector(), (x(),), {})
+
+
+class SpecAugment(nn.Module):
+    """As speech encoders are: a method draws the mask with numpy and reads a parameter; layers are dropped at a rate of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked = nn.Parameter(torch.rand(WIDTH))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.layerdrop = 0.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.mask(h * 1)
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < self.layerdrop):
+                h = torch.tanh(layer(h))
+        return h
+
+    def mask(self, h: Tensor) -> Tensor:
+        h[torch.from_numpy(np.random.rand(4) < 0.5)] = self.masked
+        return h
+
+
+class Speech(nn.Module):
+    """Labels of different lengths are picked by value and go into a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = SpecAugment(), nn.Linear(WIDTH, 5)
+
+    def forward(self, h: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if labels.max() >= 5:
+            raise ValueError("a label outside of the vocabulary")
+        mask = labels >= 0
+        logits = self.head(self.encoder(h))
+        log_probs = logits.log_softmax(-1)[:, None].expand(-1, 2, -1)
+        loss = F.ctc_loss(log_probs, labels[mask], torch.full((2,), 4), mask.sum(-1))
+        return {"loss": loss, "logits": logits}
+
+
+CASES["speech with numpy masks and labels picked by value"] = lambda: (
+    Speech(), (x(), torch.tensor([[1, 2, -1], [3, -1, -1]])), {},
+)  # fmt: skip

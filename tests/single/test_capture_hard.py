@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import CaptureError
+from autopipe.stages import cut, stage_module
 from benchmarks.coverage.compare import check
-from tests.single.hard_cases import CASES, WIDTH, Detector, Experts, Net, OneStageDetector, ReadsValue
+from tests.single.hard_cases import CASES, WIDTH, Detector, Experts, Net, OneStageDetector, ReadsValue, Speech
 
 REFUSED = {
     "layer drop drawn by Python": "random numbers drawn by Python",
@@ -141,3 +143,30 @@ def test_tensors_of_unknown_shape_do_not_cross_and_the_rest_can_be_cut() -> None
     assert groups["proposals"] is not None
     assert groups["proposals"] == groups["heads"]
     assert groups["trunk.1"] is None
+
+
+def test_a_method_of_a_large_module_is_kept_whole_and_labels_may_have_other_lengths() -> None:
+    model, x = Speech(), torch.randn(4, WIDTH)
+    captured = autopipe.capture(model, (x, torch.tensor([[1, 2, -1], [3, -1, -1]])))
+    assert set(captured.opaque) == {"encoder:mask"}
+    assert len(captured.guards) == 1  # that all labels are in the vocabulary
+    longer = torch.tensor([[1, 2, 3], [3, 1, -1]])
+    for mode in (model.eval, model.train):
+        mode()
+        captured = autopipe.capture(model, (x, torch.tensor([[1, 2, -1], [3, -1, -1]])))
+        np.random.seed(0)
+        expected = model(x, longer)
+        np.random.seed(0)
+        got = captured(x, longer)
+        assert torch.equal(got["loss"], expected["loss"])
+    with pytest.raises(RuntimeError, match="gave False, and now it gives True"):
+        captured(x, longer + 3)
+
+
+def test_a_stage_gives_a_method_kept_whole_the_parameters_of_its_own() -> None:
+    model = Speech()
+    captured = autopipe.capture(model, (torch.randn(4, WIDTH), torch.tensor([[1, 2, -1], [3, -1, -1]])))
+    last = max(i for i, n in enumerate(captured.nodes) if "encoder" in str(n.target))
+    stage_of = {n.name: int(i > last) for i, n in enumerate(captured.nodes)}
+    first = cut(captured, stage_of, 2)[0]
+    assert "encoder.masked" in dict(stage_module(captured, first).named_parameters())
