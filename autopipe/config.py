@@ -14,7 +14,7 @@ from autopipe.errors import ConfigError
 from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
 
 Auto = Literal["auto"]
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "bf16-params", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,8 @@ class PipelineConfig:
 
     Attributes:
         loss_fn: `loss_fn(output, target) -> scalar`; None: the model returns its loss.
-        optimizer: `params -> Optimizer`; None: the engine only leaves gradients.
+        optimizer: `params -> Optimizer`; a function whose first argument is called `named_parameters` gets (name, parameter)
+            pairs of this rank, for parameter groups by name. None: the engine only leaves gradients.
         lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
         num_stages: number of stages; `auto`: one for each process of a replica. A multiple of it puts several on each process.
         num_microbatches: number of micro-batches in a batch; `auto`: four for each stage, as far as the batch has samples.
@@ -33,7 +34,8 @@ class PipelineConfig:
         zero_stage: 1 shards the optimizer state over the replicas.
         shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of
             its own, as with `engine.sampler(dataset)`.
-        precision: `fp32` (the parameters' own dtype), `bf16` (autocast), or `fp16` (autocast, with loss scaling).
+        precision: `fp32` (the parameters' own dtype), `bf16` (autocast), `bf16-params` (autocast, parameters rounded to bf16, fp32
+            master copies in the optimizer, fp32 gradients), or `fp16` (autocast, with loss scaling).
         compile: compile each stage with `torch.compile`.
         max_grad_norm: gradients are scaled down to this norm over all stages; None: not at all.
         loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
@@ -89,10 +91,16 @@ class PipelineConfig:
             raise _wrong("zero_stage", 1, "an optimizer= beside it, whose state can be sharded")
         if self.precision not in PRECISIONS:
             raise _wrong("precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        if self.precision == "bf16-params" and self.optimizer is None:
+            raise _wrong("precision", self.precision, "an optimizer= beside it, which has the fp32 master copies")
+        if self.precision == "bf16-params" and not hasattr(torch.Tensor, "grad_dtype"):
+            raise _wrong("precision", self.precision, f"torch 2.10 or later beside it, not {torch.__version__}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise _wrong("max_grad_norm", self.max_grad_norm, "a positive number or None")
         for name in ("loss_fn", "optimizer", "lr_scheduler", "loss_weight"):
             value = getattr(self, name)
+            if isinstance(value, torch.optim.Optimizer) or (name == "optimizer" and isinstance(value, (list, tuple, dict))):
+                raise _not_made(value)
             if value is not None and not callable(value):
                 hint = "functools.partial(torch.optim.AdamW, lr=1e-3)" if name == "optimizer" else "a function"
                 raise _wrong(name, value, f"something callable, such as {hint}")
@@ -102,6 +110,16 @@ class PipelineConfig:
             raise _wrong("recompute", self.recompute, f"one of {', '.join(RECOMPUTE)}")
         if self.memory_limit is not None and self.memory_limit <= 0:
             raise _wrong("memory_limit", self.memory_limit, "a positive number of bytes or None")
+
+
+def _not_made(value: Any) -> ConfigError:
+    return ConfigError(
+        f"optimizer = a {type(value).__name__}",
+        expected="a function that makes one optimizer over the parameters of a stage",
+        where="autopipe.pipeline()",
+        remedy="pass functools.partial(torch.optim.AdamW, lr=1e-3); what several optimizers would differ in, put into parameter "
+        "groups: a function of `named_parameters`",
+    )
 
 
 def _wrong(name: str, value: Any, expected: str) -> ConfigError:

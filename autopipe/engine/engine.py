@@ -16,10 +16,11 @@ from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch, check_device, normalised, raw_weights, split
 from autopipe.engine.context import Context
 from autopipe.engine.layout import make_layout
+from autopipe.engine.masters import lower
 from autopipe.engine.measure import Measurements, merge_timelines
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.outputs import gather_outputs
-from autopipe.engine.parameters import StageParameters
+from autopipe.engine.parameters import StageParameters, zero_gradient
 from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context, shape_of
 from autopipe.engine.programs import Kind, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
@@ -136,12 +137,12 @@ class Engine:
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state under the model's names, on the CPU of every rank. All ranks must call it."""
         self._require_plan("state_dict()")
-        return self._placed().state_dict()
+        return self._placed().state_dict(self._optimizer().masters.of)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a whole model's state; each rank takes its share."""
         self._require_plan("load_state_dict()")
-        self._placed().load_state_dict(state)
+        self._placed().load_state_dict(state, self._optimizer().masters.of)
 
     def save_checkpoint(
         self, directory: str | Path, step: int | None = None, client_state: Any = None, *, keep: int | None = None
@@ -285,6 +286,7 @@ class Engine:
         if self._plan is not None:
             return
         config, context, model = self._config, self._context, self._model
+        originals = lower(model) if config.precision == "bf16-params" else {}
         if (
             not config.shard_batch and self._layout.data_parallel > 1
         ):  # replicas may begin with different shapes: rank 0's are planned
@@ -314,7 +316,9 @@ class Engine:
         )
         self._runner.add_program("train", True, microbatch, captured, stage_of)
         scale = LossScale.for_precision(config.precision)
-        self._optimizing = context.agree(lambda: Optimizing(config, parameters, self._replicas, self._transport, scale))
+        self._optimizing = context.agree(
+            lambda: Optimizing(config, parameters, self._replicas, self._transport, scale, originals)
+        )
         self._parameters, self._plan = parameters, plan
         self._load_resumed()
 
@@ -382,7 +386,7 @@ class Engine:
         used = [p for p, u in zip(parameters, self._replicas.used_anywhere(parameters), strict=True) if u]
         for parameter in used:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zero_gradient(parameter)
         self._replicas.start_reduce(used)
 
 

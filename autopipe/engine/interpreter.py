@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
 
 from autopipe.engine.stage_run import StageRun
 from autopipe.schedule import Action
@@ -49,12 +53,18 @@ def run_actions(
     last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "W")}
     for i, action in enumerate(actions):
         try:
-            _execute(action, runs[action.stage], reduce)
+            with _modes_of(action.kind):
+                _execute(action, runs[action.stage], reduce)
             if last.get(action.stage) == i:
                 stage_done(action.stage)
         except Exception as cause:
             phase = _PHASES[action.kind].format(m=action.microbatch, peer=action.peer)
             raise ActionFailure(action.stage, phase, cause) from cause
+
+
+def _modes_of(kind: str) -> Any:
+    """A backward runs in the dtypes that its forward chose, so autocast is for forwards alone."""
+    return contextlib.nullcontext() if kind == "F" else torch._C._DisableAutocast()
 
 
 def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> None:

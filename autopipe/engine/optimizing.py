@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autopipe.config import PipelineConfig
+from autopipe.engine.masters import MasterCopies, Originals
 from autopipe.engine.parameters import StageParameters
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.scaling import LossScale
 from autopipe.engine.transport import Transport
+from autopipe.errors import ConfigError
 
 
 class Optimizing:
@@ -19,7 +25,8 @@ class Optimizing:
 
     Attributes:
         optimizer, lr_scheduler: made by the user's callables; None where none was given, or where nothing here is trained.
-        owner: for each trainable parameter of this rank, the replica whose optimizer steps it; -1: every replica's.
+        owner: for each parameter of this rank that has been trainable, the replica whose optimizer steps it; -1: every replica's.
+        masters: the fp32 copies that are stepped in the place of bf16 parameters, where the precision says so.
         grad_norm: the norm over all stages before clipping, in the last step.
         skipped: steps that were skipped because of an overflow.
     """
@@ -31,6 +38,7 @@ class Optimizing:
         replicas: Replicas,
         transport: Transport,
         scale: LossScale,
+        originals: Originals,
     ) -> None:
         self._config, self._parameters, self._replicas, self._transport, self.scale = (
             config,
@@ -39,29 +47,50 @@ class Optimizing:
             transport,
             scale,
         )
-        self.owner = replicas.shard(parameters.trainable())
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.owner: dict[str, int] = {}
+        self.masters = MasterCopies()
+        self.optimizer: Optimizer | None = None
         self.lr_scheduler: Any = None
         self.grad_norm: float | None = None
         self.skipped = 0
-        mine = self.mine()
-        if config.optimizer is not None and mine:
-            self.optimizer = config.optimizer(list(mine.values()))
-            if config.lr_scheduler is not None:
-                self.lr_scheduler = config.lr_scheduler(self.optimizer)
+        self._make(originals)
 
-    def mine(self) -> dict[str, torch.nn.Parameter]:
+    def mine(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank's optimizer steps."""
-        return {n: p for n, p in self._parameters.trainable().items() if self._replicas.owns(self.owner[n])}
+        named = self._parameters.named_parameters()
+        return {n: p for n, p in named if n in self.owner and self._replicas.owns(self.owner[n])}
+
+    def _make(self, originals: Originals) -> None:
+        """Makes optimizer and scheduler over all that is trainable now."""
+        trainable = self._parameters.trainable()
+        self.owner |= self._replicas.shard({n: p for n, p in trainable.items() if n not in self.owner})
+        mine = self.mine()
+        if self._config.precision == "bf16-params":
+            self.masters.add(mine, originals)
+        if self._config.optimizer is None or not mine:
+            return
+        self.optimizer = _made(self._config.optimizer, self.masters.stepped(mine))
+        if self._config.lr_scheduler is not None:
+            self.lr_scheduler = _checked(self._config.lr_scheduler(self.optimizer))
+
+    def _follow_thawed(self) -> None:
+        """Parameters that have become trainable join the optimizer, which is made anew with the state that it had."""
+        if self._parameters.trainable().keys() <= self.owner.keys():
+            return
+        before = self.state_by_name()
+        scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
+        self._make({})
+        self.set_state_by_name({n: s for n, (s, _) in before.items()}, {n: o for n, (_, o) in before.items()}, scheduler)
 
     def zero_grad(self) -> None:
         """Clears the gradients of this rank, where there is an optimizer."""
         if self._config.optimizer is not None:
-            for parameter in self._parameters.trainable().values():
+            for _, parameter in self._parameters.named_parameters():
                 parameter.grad = None
 
     def step(self) -> None:
         """One step of the optimizer and the scheduler. Collective."""
+        self._follow_thawed()
         finite = self.scale.unscale(list(self._parameters.trainable().values()), self._transport)
         if self._config.max_grad_norm is not None and finite:
             self.grad_norm = self._parameters.clip(self._config.max_grad_norm)
@@ -70,13 +99,23 @@ class Optimizing:
             self.skipped += 1
             return
         if self.optimizer is not None:
-            self.optimizer.step()
+            with self.masters.stepping(self.mine()):
+                self.optimizer.step()
         if self._config.optimizer is not None:
             self._replicas.share_parameters(self._parameters.trainable(), self.owner)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def saved_value(self, name: str, tensor: Tensor) -> Tensor:
+        """What is saved of a parameter or buffer: its master copy where this rank has one."""
+        return self.masters.of.get(name, tensor).detach()
+
+    def saving_replica(self, name: str, tensor: Tensor) -> int:
+        """The replica that saves a parameter or buffer: the one with its master copy, otherwise the first."""
+        sharded = self._config.precision == "bf16-params" and tensor.dtype == torch.bfloat16
+        return max(0, self.owner.get(name, 0)) if sharded else 0
 
     def state_by_name(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         """For each parameter that this rank's optimizer steps: its state, and the options of its group."""
@@ -85,7 +124,7 @@ class Optimizing:
         options = {id(p): _options(g) for g in self.optimizer.param_groups for p in g["params"]}
         return {
             n: (dict(self.optimizer.state.get(p, {})), options[id(p)])
-            for n, p in self.mine().items()
+            for n, p in self.masters.stepped(self.mine()).items()
             if id(p) in options
         }
 
@@ -95,7 +134,7 @@ class Optimizing:
         """Puts back what `state_by_name` gave, on any layout."""
         if self.optimizer is None:
             return
-        named = self.mine()
+        named = self.masters.stepped(self.mine())
         for name, state in states.items():
             self.optimizer.state[named[name]] = dict(state)
         for group in self.optimizer.param_groups:
@@ -106,9 +145,33 @@ class Optimizing:
             self.lr_scheduler.load_state_dict(scheduler)
 
 
+def _made(make: Callable[[Any], Optimizer], parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+    """Calls the user's callable; one whose first argument is called `named_parameters` gets names too."""
+    first = next(iter(inspect.signature(make).parameters), "")
+    optimizer = make(list(parameters.items()) if first == "named_parameters" else list(parameters.values()))
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    several = isinstance(optimizer, (list, tuple, dict))
+    raise ConfigError(
+        f"a callable that returned a {type(optimizer).__name__}",
+        expected="one torch.optim.Optimizer",
+        where="optimizer",
+        remedy="put what the optimizers differ in into parameter groups of one (a callable of `named_parameters`)"
+        if several
+        else "return the optimizer",
+    )
+
+
+def _checked(scheduler: Any) -> Any:
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return scheduler
+    raise ConfigError(
+        "ReduceLROnPlateau, which steps by a metric",
+        expected="a scheduler that steps by itself",
+        where="lr_scheduler",
+        remedy="make it over engine.optimizer, and step it yourself with what eval_batch() gives",
+    )
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.item() if isinstance(v, torch.Tensor) else v
-        for k, v in group.items()
-        if k not in ("params", "param_names")
-    }
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k not in ("params", "param_names")}

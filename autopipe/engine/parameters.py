@@ -130,7 +130,7 @@ class StageParameters:
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zero_gradient(parameter)
             if self._tie_process_groups[group] is not None:
                 dist.all_reduce(parameter.grad, group=self._tie_process_groups[group])
 
@@ -149,17 +149,21 @@ class StageParameters:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's state on the CPU, under all of the model's names; the same on every rank. Collective."""
-        mine = self._mine.items() if self._layout.replica == 0 else ()
-        first = {n: t.detach().to("cpu", copy=True) for n, t in mine if self.is_first_holder(n)}
+    def state_dict(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole model's state on the CPU, under all of the model's names; the same on every rank. Collective.
+
+        Args:
+            masters: the fp32 copies that this rank has, which stand for their parameters.
+        """
+        mine = (self._mine if self._layout.replica == 0 else {}) | dict(masters)
+        first = {n: t.detach().to("cpu", copy=True) for n, t in mine.items() if self.is_first_holder(n)}
         merged: dict[str, Tensor] = {}
         for part in self._context.gather(first):
             merged |= part
         return {name: merged[self._names[name]] for name in self._persistent if name in self._names}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies this rank's share out of a whole model's state.
+    def load_state_dict(self, state: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+        """Copies this rank's share out of a whole model's state, into parameters and their fp32 copies.
 
         Raises:
             EngineError: a name is missing or unknown, or a shape differs.
@@ -187,3 +191,10 @@ class StageParameters:
                         remedy="load the state of the same model",
                     )
                 mine.copy_(value)
+                if self._names[name] in masters:
+                    masters[self._names[name]].copy_(value)
+
+
+def zero_gradient(parameter: nn.Parameter) -> Tensor:
+    """Zeros in the dtype that the parameter's gradient has."""
+    return torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))

@@ -86,13 +86,14 @@ def make_plan(
 
     def measure_and_cut() -> Plan:
         tensors = microbatch.tensors(config.loss_fn is not None)
-        profile = profiler.profile(
-            captured.graph_module,
-            [t.to(context.device) for t in tensors],
-            device=context.device,
-            names=dict(captured.names),
-            graph_hash=captured.graph_hash,
-        )
+        with precision_context(config, context.device)():
+            profile = profiler.profile(
+                captured.graph_module,
+                [t.to(context.device) for t in tensors],
+                device=context.device,
+                names=dict(captured.names),
+                graph_hash=captured.graph_hash,
+            )
         return partition(
             profile,
             num_stages=num_stages,
@@ -146,7 +147,7 @@ def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:
 
 def precision_context(config: PipelineConfig, device: torch.device) -> Callable[[], Any]:
     """Makes the context under which stages run."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    dtype = {"bf16": torch.bfloat16, "bf16-params": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=dtype)

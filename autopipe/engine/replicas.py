@@ -95,14 +95,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters of one dtype after one another, up to the size of a bucket."""
+    """Parameters with gradients of one dtype after one another, up to the size of a bucket."""
     buckets: list[list[nn.Parameter]] = []
     size, last = 0, None
     for p in parameters:
-        num_bytes = p.numel() * p.element_size()
-        if last != p.dtype or size + num_bytes > BUCKET_BYTES:
+        gradient = _gradient(p)
+        if last != gradient.dtype or size + gradient.nbytes > BUCKET_BYTES:
             buckets.append([])
-            size, last = 0, p.dtype
+            size, last = 0, gradient.dtype
         buckets[-1].append(p)
-        size += num_bytes
+        size += gradient.nbytes
     return buckets

@@ -34,9 +34,11 @@ def save(
     keep: int | None,
 ) -> Path:
     """Writes a checkpoint of the whole run. Collective."""
-    tensors: dict[str, Tensor] = {}
-    if layout.replica == 0:
-        tensors |= {MODEL + n: t.detach() for n, t in parameters.held() if parameters.is_first_holder(n)}
+    tensors: dict[str, Tensor] = {
+        MODEL + n: optimizing.saved_value(n, t)
+        for n, t in parameters.held()
+        if parameters.is_first_holder(n) and optimizing.saving_replica(n, t) == layout.replica
+    }
     if context.rank == 0:
         tensors[RNG] = torch.get_rng_state()
     options = {}
@@ -72,7 +74,7 @@ def save(
 def load(path: Path, meta: Mapping[str, Any], parameters: StageParameters, optimizing: Optimizing) -> None:
     """Takes this rank's share out of a checkpoint, whatever layout wrote it."""
     there = checkpoint.stored(path)
-    wanted: dict[str, Tensor] = {MODEL + n: t.detach() for n, t in parameters.held()}
+    wanted: dict[str, Tensor] = {MODEL + n: optimizing.saved_value(n, t) for n, t in parameters.held()}
     states: dict[str, dict[str, Tensor]] = {}
     for name, parameter in optimizing.mine().items() if optimizing.optimizer is not None else ():
         prefix = f"{OPTIMIZER}{name}."
@@ -84,6 +86,7 @@ def load(path: Path, meta: Mapping[str, Any], parameters: StageParameters, optim
     if RNG in there:
         wanted[RNG] = torch.empty(there[RNG][0], dtype=there[RNG][1])
     checkpoint.read_into(path, wanted)
+    optimizing.masters.round_back(optimizing.mine())
     if RNG in wanted:
         torch.set_rng_state(wanted[RNG])
     try:
