@@ -99,7 +99,9 @@ class PipelineConfig:
             raise _wrong("max_grad_norm", self.max_grad_norm, "a positive number or None")
         for name in ("loss_fn", "optimizer", "lr_scheduler", "loss_weight"):
             value = getattr(self, name)
-            if isinstance(value, torch.optim.Optimizer) or (name == "optimizer" and isinstance(value, (list, tuple, dict))):
+            if isinstance(value, torch.optim.Optimizer) or (
+                name == "optimizer" and isinstance(value, (list, tuple, dict))
+            ):
                 raise _not_made(value)
             if value is not None and not callable(value):
                 hint = "functools.partial(torch.optim.AdamW, lr=1e-3)" if name == "optimizer" else "a function"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,26 @@ from torch.utils.data import Dataset, DistributedSampler
 
 import autopipe.checkpoint as checkpoint
 from autopipe.config import PipelineConfig
-from autopipe.engine.batch import MicroBatch, check_device, normalised, raw_weights, split
+from autopipe.engine.batch import MicroBatch, check_device, split
 from autopipe.engine.context import Context
+from autopipe.engine.front import IteratorFront
 from autopipe.engine.layout import make_layout
 from autopipe.engine.masters import lower
-from autopipe.engine.measure import Measurements, merge_timelines
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.outputs import gather_outputs
 from autopipe.engine.parameters import StageParameters, zero_gradient
 from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context, shape_of
 from autopipe.engine.programs import Kind, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
-from autopipe.engine.runner import Runner, Share
+from autopipe.engine.runner import Runner
 from autopipe.engine.saving import load, save
 from autopipe.engine.scaling import LossScale
-from autopipe.engine.transport import Transport
-from autopipe.errors import EngineError
+from autopipe.engine.share import Share, share_of
 from autopipe.placement import owners, with_unread
-from autopipe.plan import Plan
-from autopipe.report import chrome_trace
-from autopipe.report.measured import measured_report
 from autopipe.stages import placement
 
 
-class Engine:
+class Engine(IteratorFront):
     """Trains a model as a pipeline over the processes of the launch; on one process, as one stage.
 
     Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once where an example was given.
@@ -44,19 +39,13 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: PipelineConfig, context: Context) -> None:
-        self._model, self._config, self._context = model, config, context
         num_stages, data_parallel = shape_of(config, context)
-        self._layout = make_layout(context, num_stages, data_parallel)
-        self._num_microbatches = num_microbatches_of(config, num_stages)
-        self._transport = Transport(context)
-        self._replicas = Replicas(self._layout, config.zero_stage)
+        layout = make_layout(context, num_stages, data_parallel)
+        super().__init__(config, context, layout, num_microbatches_of(config, num_stages))
+        self._model = model
+        self._replicas = Replicas(layout, config.zero_stage)
         self._flags = {m: m.training for m in model.modules()}
-        self._measured = Measurements()
-        self._training = True
-        self._plan: Plan | None = None
         self._runner: Runner | None = None
-        self._parameters: StageParameters | None = None
-        self._optimizing: Optimizing | None = None
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self.steps = 0
 
@@ -105,10 +94,7 @@ class Engine:
 
     def eval_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """The mean loss of a batch in evaluation mode: forward only, nothing kept. Arguments and result as in `train_batch`."""
-        microbatches = self._split(args, kwargs, target)
-        self.prepare(microbatches[0])
-        _, runs = self._forward("eval", self._share(microbatches))
-        return self._ready().share_loss(runs)
+        return self._evaluated(args, kwargs, target)[0]
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for a batch in evaluation mode, in the model's own structure, on every rank.
@@ -197,82 +183,10 @@ class Engine:
             self._ready().seed = int(meta["seed"])
             self._resume = None
 
-    def train(self, mode: bool = True) -> Engine:
-        """Lets `train_batch` run the model in training mode (dropout on), or not. Evaluation never does."""
-        self._training = mode
-        return self
-
-    def eval(self) -> Engine:
-        """Lets `train_batch` run the model in evaluation mode."""
-        return self.train(False)
-
     def sampler(self, dataset: Dataset[Any], *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
         """A sampler that gives each replica a share of its own, the same on all ranks of a replica; for `shard_batch=False`."""
         layout = self._layout
         return DistributedSampler(dataset, layout.data_parallel, layout.replica, shuffle=shuffle, seed=seed)
-
-    def report(self, format: str = "table") -> str:
-        """The plan, and beside its predictions what the last training steps took, stage by stage. All ranks must call it.
-
-        Args:
-            format: `table`, `json`, `csv`, `md` or `html`.
-        """
-        ranks = self._context.gather(self._measured.summaries(self._context.device))
-        first_replica = [s for stages in ranks[: self._layout.num_ranks] for s in stages]
-        return measured_report(self.plan, sorted(first_replica, key=lambda s: s.index), format)
-
-    def trace(self, path: str | Path) -> None:
-        """Writes the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
-        timeline = merge_timelines(self._context.gather(self._measured.last_step()))
-        if self._context.rank == 0:
-            Path(path).write_text(json.dumps(chrome_trace(timeline)))
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that is run."""
-        self._require_plan("plan")
-        assert self._plan is not None
-        return self._plan
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """This rank's optimizer; None where none was given, before the first batch, and where nothing here is trained."""
-        return None if self._optimizing is None else self._optimizing.optimizer
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """This rank's learning-rate scheduler, or None."""
-        return None if self._optimizing is None else self._optimizing.lr_scheduler
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The norm of the last step's gradients over all stages, before clipping; None where nothing is clipped."""
-        return None if self._optimizing is None else self._optimizing.grad_norm
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that were skipped on all ranks because of an fp16 overflow on one."""
-        return 0 if self._optimizing is None else self._optimizing.skipped
-
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches of a replica, in a batch that has samples enough."""
-        return self._num_microbatches
-
-    @property
-    def stage(self) -> int:
-        """The (first) stage of this rank."""
-        return self._layout.stages[0]
-
-    @property
-    def is_first_rank(self) -> bool:
-        """Whether this is rank 0, which prints and saves for all."""
-        return self._context.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this rank; batches must lie on it."""
-        return self._context.device
 
     def close(self) -> None:
         """Leaves the process groups that the engine has made. The engine cannot be used afterwards."""
@@ -322,25 +236,9 @@ class Engine:
         self._parameters, self._plan = parameters, plan
         self._load_resumed()
 
-    def _placed(self) -> StageParameters:
-        assert self._parameters is not None
-        return self._parameters
-
-    def _optimizer(self) -> Optimizing:
-        assert self._optimizing is not None
-        return self._optimizing
-
     def _ready(self) -> Runner:
         assert self._runner is not None
         return self._runner
-
-    def _require_plan(self, what: str) -> None:
-        if self._plan is None:
-            raise EngineError(
-                f"{what} before the first batch",
-                expected="a model that is planned",
-                remedy="pass example_args to autopipe.pipeline(), or call train_batch() first",
-            )
 
     # -- parts of a step ----------------------------------------------------------------------------------------------
 
@@ -358,20 +256,22 @@ class Engine:
         return microbatches
 
     def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> Share:
-        """This replica's micro-batches, and their shares in the mean over all replicas."""
-        layout = self._layout
-        raw = raw_weights(microbatches, self._config.loss_weight) if weighted else [1.0] * len(microbatches)
-        if not self._config.shard_batch:
-            total = torch.tensor(sum(raw), dtype=torch.float64)
-            if layout.data_parallel > 1:
-                self._transport.all_reduce(total)
-                total /= layout.num_ranks
-            first = layout.replica * self._num_microbatches
-            return Share(microbatches=microbatches, weights=normalised(raw, float(total)), first=first)
-        shares = normalised(raw, sum(raw))
-        count = len(microbatches)
-        begin, end = (count * (layout.replica + i) // layout.data_parallel for i in (0, 1))
-        return Share(microbatches=microbatches[begin:end], weights=shares[begin:end], first=begin)
+        return share_of(
+            microbatches,
+            self._config,
+            self._layout,
+            self._transport,
+            most=self._num_microbatches,
+            weighted=weighted,
+        )
+
+    def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> tuple[Tensor, float]:
+        """The mean loss of a batch, and the batch's weight."""
+        microbatches = self._split(args, kwargs, target)
+        self.prepare(microbatches[0])
+        share = self._share(microbatches)
+        _, runs = self._forward("eval", share)
+        return self._ready().share_loss(runs), share.total
 
     def _forward(self, kind: Kind, share: Share) -> Any:
         return self._ready().run(kind, False, share, self.steps, reduce=_nothing, stage_done=_nothing)

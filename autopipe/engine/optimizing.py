@@ -80,7 +80,9 @@ class Optimizing:
         before = self.state_by_name()
         scheduler = self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None
         self._make({})
-        self.set_state_by_name({n: s for n, (s, _) in before.items()}, {n: o for n, (_, o) in before.items()}, scheduler)
+        self.set_state_by_name(
+            {n: s for n, (s, _) in before.items()}, {n: o for n, (_, o) in before.items()}, scheduler
+        )
 
     def zero_grad(self) -> None:
         """Clears the gradients of this rank, where there is an optimizer."""

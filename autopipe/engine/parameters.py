@@ -134,18 +134,19 @@ class StageParameters:
             if self._tie_process_groups[group] is not None:
                 dist.all_reduce(parameter.grad, group=self._tie_process_groups[group])
 
-    def clip(self, max_norm: float) -> float:
-        """Scales all gradients so that their norm over all stages is at most `max_norm`; returns the norm before.
-
-        A tied parameter counts once, on the first stage that holds it.
-        """
+    def norm(self) -> float:
+        """The norm of all gradients over all stages; a tied parameter counts once, on the first stage that holds it. Collective."""
         counted = [p.grad for n, p in self.named_parameters() if p.grad is not None and self.is_first_holder(n)]
         square = get_total_norm(counted).double().cpu() ** 2 if counted else torch.zeros((), dtype=torch.float64)
         self._transport.all_reduce(square)  # over all ranks; every replica contributes the same
-        norm = (square / self._layout.data_parallel).sqrt()
+        return float((square / self._layout.data_parallel).sqrt())
+
+    def clip(self, max_norm: float) -> float:
+        """Scales all gradients so that their norm over all stages is at most `max_norm`; returns the norm before. Collective."""
+        norm = self.norm()
         mine = [p for _, p in self.named_parameters()]
-        clip_grads_with_norm_(mine, max_norm, norm.to(torch.float32).to(self._context.device))
-        return float(norm)
+        clip_grads_with_norm_(mine, max_norm, torch.tensor(norm, dtype=torch.float32, device=self._context.device))
+        return norm
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -195,6 +196,6 @@ class StageParameters:
                     masters[self._names[name]].copy_(value)
 
 
-def zero_gradient(parameter: nn.Parameter) -> Tensor:
+def zero_gradient(parameter: Tensor) -> Tensor:
     """Zeros in the dtype that the parameter's gradient has."""
     return torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from autopipe.engine.interpreter import ActionFailure, run_actions
 from autopipe.engine.layout import Layout
 from autopipe.engine.planning import precision_context
 from autopipe.engine.programs import Kind, Program, capture_program, make_program, mode_of, set_mode
+from autopipe.engine.share import Share
 from autopipe.engine.stage_run import StageRun, Step
 from autopipe.engine.transport import Transport
 from autopipe.errors import EngineError
@@ -34,20 +34,6 @@ from autopipe.stages import regions_of
 
 MAX_PROGRAMS = 64
 """Signatures that are kept captured; the one used longest ago is dropped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """This replica's share of a call.
-
-    Attributes:
-        microbatches, weights: its micro-batches, and their shares in the mean loss of the whole batch.
-        first: the place of the first of them among all replicas' micro-batches.
-    """
-
-    microbatches: Sequence[MicroBatch]
-    weights: Sequence[float]
-    first: int
 
 
 class Runner:

@@ -1,0 +1,112 @@
+"""What can be read off an engine: its plan, its place among the ranks, the optimizer, and what its steps took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autopipe.config import PipelineConfig
+from autopipe.engine.context import Context
+from autopipe.engine.layout import Layout
+from autopipe.engine.measure import Measurements, merge_timelines
+from autopipe.engine.optimizing import Optimizing
+from autopipe.engine.parameters import StageParameters
+from autopipe.engine.transport import Transport
+from autopipe.errors import EngineError
+from autopipe.plan import Plan
+from autopipe.report import chrome_trace
+from autopipe.report.measured import measured_report
+
+
+class Readings:
+    """The engine's state, and what users read of it. `_plan`, `_parameters` and `_optimizing` are None before the first batch."""
+
+    def __init__(self, config: PipelineConfig, context: Context, layout: Layout, num_microbatches: int) -> None:
+        self._config, self._context, self._layout, self._num_microbatches = config, context, layout, num_microbatches
+        self._transport = Transport(context)
+        self._measured = Measurements()
+        self._plan: Plan | None = None
+        self._parameters: StageParameters | None = None
+        self._optimizing: Optimizing | None = None
+
+    def report(self, format: str = "table") -> str:
+        """The plan, and beside its predictions what the last training steps took, stage by stage. All ranks must call it.
+
+        Args:
+            format: `table`, `json`, `csv`, `md` or `html`.
+        """
+        ranks = self._context.gather(self._measured.summaries(self._context.device))
+        first_replica = [s for stages in ranks[: self._layout.num_ranks] for s in stages]
+        return measured_report(self.plan, sorted(first_replica, key=lambda s: s.index), format)
+
+    def trace(self, path: str | Path) -> None:
+        """Writes the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
+        timeline = merge_timelines(self._context.gather(self._measured.last_step()))
+        if self._context.rank == 0:
+            Path(path).write_text(json.dumps(chrome_trace(timeline)))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is run."""
+        self._require_plan("plan")
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's optimizer; None where none was given, before the first batch, and where nothing here is trained."""
+        return None if self._optimizing is None else self._optimizing.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """This rank's learning-rate scheduler, or None."""
+        return None if self._optimizing is None else self._optimizing.lr_scheduler
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's gradients over all stages, before clipping; None where nothing is clipped."""
+        return None if self._optimizing is None else self._optimizing.grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped on all ranks because of an fp16 overflow on one."""
+        return 0 if self._optimizing is None else self._optimizing.skipped
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a replica, in a batch that has samples enough."""
+        return self._num_microbatches
+
+    @property
+    def stage(self) -> int:
+        """The (first) stage of this rank."""
+        return self._layout.stages[0]
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is rank 0, which prints and saves for all."""
+        return self._context.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank; batches must lie on it."""
+        return self._context.device
+
+    def _placed(self) -> StageParameters:
+        assert self._parameters is not None
+        return self._parameters
+
+    def _optimizer(self) -> Optimizing:
+        assert self._optimizing is not None
+        return self._optimizing
+
+    def _require_plan(self, what: str) -> None:
+        if self._plan is None:
+            raise EngineError(
+                f"{what} before the first batch",
+                expected="a model that is planned",
+                remedy="pass example_args to autopipe.pipeline(), or call train_batch() first",
+            )
