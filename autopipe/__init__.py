@@ -14,7 +14,7 @@ from autopipe.errors import (
     PlanError,
     ProfileError,
 )
-from autopipe.partition import partition
+from autopipe.partition import Constraints, partition
 from autopipe.plan import Plan, StagePlan
 from autopipe.simulate import Timeline, simulate
 from autopipe.stages import StageModule, build_stage
@@ -25,6 +25,7 @@ __all__ = [
     "Captured",
     "CheckpointError",
     "ConfigError",
+    "Constraints",
     "Engine",
     "EngineError",
     "PartitionError",

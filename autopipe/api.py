@@ -14,6 +14,7 @@ from autopipe.config import Auto, PipelineConfig
 from autopipe.engine.context import make_context
 from autopipe.engine.engine import Engine
 from autopipe.errors import ConfigError
+from autopipe.partition import Constraints
 from autopipe.plan import Plan
 
 
@@ -40,6 +41,7 @@ def pipeline(
     recompute: str = "auto",
     memory_limit: int | None = None,
     split_points: Sequence[str] | None = None,
+    constraints: Constraints | None = None,
     plan: Plan | str | Path | None = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
@@ -86,6 +88,7 @@ def pipeline(
         recompute=recompute,
         memory_limit=memory_limit,
         split_points=split_points,
+        constraints=constraints,
         plan=Plan.load(plan) if isinstance(plan, (str, Path)) else plan,
         device=context.device,
         seed=seed,

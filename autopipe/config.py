@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autopipe.capture.loss import LossFunction
 from autopipe.errors import ConfigError
+from autopipe.partition import Constraints
 from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
 
 Auto = Literal["auto"]
@@ -45,6 +46,7 @@ class PipelineConfig:
             `full`: every stage as a whole.
         memory_limit: bytes that a stage may hold; None: the device's memory on CUDA, no limit on a CPU.
         split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
+        constraints: modules that stay together on a stage, or stand alone, first or last; an `autopipe.Constraints`.
         plan: a plan to use, or the path of one.
         device: where this process's stage runs; None: the CUDA device of `LOCAL_RANK` where there is one, otherwise the CPU.
         seed: random state from which every step's dropout follows; None: the generator's own state.
@@ -67,6 +69,7 @@ class PipelineConfig:
     recompute: str = "auto"
     memory_limit: int | None = None
     split_points: Sequence[str] | None = None
+    constraints: Constraints | None = None
     plan: Plan | None = None
     device: torch.device | None = None
     seed: int | None = None

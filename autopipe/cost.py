@@ -107,6 +107,16 @@ class CostGraph:
         """The share 1 - o of a transfer that compute does not hide."""
         return 1.0 - self.link.overlap
 
+    def closure(self, nodes: IntArray, neighbours: tuple[tuple[int, ...], ...]) -> NDArray[np.bool_]:
+        """(n) the nodes and all that is reached from them over `predecessors` or `successors`."""
+        reached, waiting = np.zeros(self.num_nodes, bool), nodes.tolist()
+        while waiting:
+            v = waiting.pop()
+            if not reached[v]:
+                reached[v] = True
+                waiting += neighbours[v]
+        return reached
+
     def node_of(self) -> IntArray:
         """(nodes of the profile) the node of this graph that stands for each."""
         node_of = np.empty(len(self.profile_names), np.int64)
@@ -175,6 +185,12 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
         link=link,
         classes=(nothing,),
     )
+
+
+def indivisible(profile: Profile) -> tuple[tuple[int, ...], ...]:
+    """The sets of the profile's nodes that may not be cut apart, the caller's wishes left out."""
+    index = {node.name: i for i, node in enumerate(profile.nodes)}
+    return _contract(profile, [(index[name], i) for i, node in enumerate(profile.nodes) for name in node.inputs], ())
 
 
 def _flat(readers: Sequence[Sequence[int]]) -> Readers:

@@ -15,6 +15,7 @@ SIMULATED_ONLY = ("zb-h1",)
 """Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 OBJECTIVES = ("step", "bottleneck")
+CONSTRAINTS = ("together", "alone", "first", "last")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 BYTES_PER_US_OF_A_GBPS = 125.0
 
@@ -114,6 +115,16 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
     add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
     add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, in place of a search")
+    add(
+        "--together",
+        type=_names,
+        action="append",
+        metavar="A,B",
+        help="modules that stay on one stage; may be repeated",
+    )
+    add("--alone", type=_names, metavar="A,B", help="modules that are each a stage of their own")
+    add("--first", type=_names, metavar="A,B", help="modules on the first stage")
+    add("--last", type=_names, metavar="A,B", help="modules on the last stage")
     add("--time-budget-s", type=_number, metavar="S", help="seconds of search for the best plan")
 
 

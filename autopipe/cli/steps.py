@@ -9,11 +9,12 @@ import torch
 
 from autopipe.capture import capture
 from autopipe.cli.models import Example, load_example
+from autopipe.cli.options import CONSTRAINTS
 from autopipe.cli.whatif import link_of
 from autopipe.cost import DEFAULT_LINK
 from autopipe.engine.batch import MicroBatch, split
 from autopipe.errors import ConfigError
-from autopipe.partition import partition
+from autopipe.partition import Constraints, partition
 from autopipe.partition.request import MICROBATCHES_PER_STAGE
 from autopipe.plan import Plan
 from profiler import profile
@@ -89,6 +90,7 @@ def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatche
         "time_budget_s": options.time_budget_s,
         "split_points": options.split_points,
         "recompute": options.recompute,
+        "constraints": Constraints(**{kind: getattr(options, kind) or () for kind in CONSTRAINTS}),
     }
     return partition(
         measured,

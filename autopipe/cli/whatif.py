@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS
+from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS, CONSTRAINTS
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
 from autopipe.simulate import simulate
@@ -23,7 +23,7 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: the call asks for what only planning again can change.
     """
-    for name in ("num_stages", "objective", "time_budget_s", "split_points", "recompute", "device"):
+    for name in ("num_stages", "objective", "time_budget_s", "split_points", "recompute", "device", *CONSTRAINTS):
         if getattr(options, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} with --plan",

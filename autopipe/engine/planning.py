@@ -105,6 +105,7 @@ def make_plan(
             zero_stage=config.zero_stage,
             schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
             split_points=list(config.split_points) if config.split_points is not None else None,
+            constraints=config.constraints,
         )
 
     plan = context.once(measure_and_cut)

@@ -44,14 +44,15 @@ def assemble(
     run: Run,
     stage_of: IntArray,
     certificate: Certificate,
-    alternatives: dict[str, IntArray],
+    alternatives: dict[str, tuple[CostGraph, IntArray]],
 ) -> Plan:
-    """The plan of an assignment `stage_of` (n); `alternatives` are further assignments to compare it with, by name."""
+    """The plan of an assignment `stage_of` (n); `alternatives` are further assignments, of any graphs of the profile, to compare it with, by name."""
     K = run.num_stages
     costs = run_costs(graph, run.memory, stage_of, K)
     memory = stage_memory(graph, run.memory, stage_of, K)
-    figures = _figures("", graph, run, stage_of)
-    others = {**_usual(graph, K), **alternatives}
+    figures = _figures("", graph, stage_of, run)
+    usual = {name: (graph, other) for name, other in _usual(graph, K).items()}
+    others = {**usual, **alternatives}
     return Plan(
         graph_hash=profile.graph_hash,
         num_stages=K,
@@ -75,7 +76,7 @@ def assemble(
         memory_limit_bytes=int(run.memory.limit_bytes) if math.isfinite(run.memory.limit_bytes) else 0,
         device=profile.device,
         estimated=not all(node.measured for node in profile.nodes),
-        baselines=tuple(_figures(name, graph, run, other) for name, other in others.items()),
+        baselines=tuple(_figures(name, *other, run) for name, other in others.items()),
     )
 
 
@@ -88,7 +89,7 @@ def _usual(graph: CostGraph, num_stages: int) -> dict[str, IntArray]:
     }
 
 
-def _figures(name: str, graph: CostGraph, run: Run, stage_of: IntArray) -> Baseline:
+def _figures(name: str, graph: CostGraph, stage_of: IntArray, run: Run) -> Baseline:
     costs = run_costs(graph, run.memory, stage_of, run.num_stages)
     compute = costs.forward_us + costs.backward_us
     step = simulated_step_us(costs, run.num_microbatches, run.schedule)

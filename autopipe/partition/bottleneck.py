@@ -9,7 +9,7 @@ coarse over the whole order, then fine around the cuts.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from autopipe.cost import CostGraph, IntArray
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE, best_split
+from autopipe.partition.constraints import Rules
 from autopipe.partition.effort import Effort
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
@@ -46,11 +47,12 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is to be split: a graph into K stages, each within the memory of its device."""
+    """What is to be split: a graph into K stages, each within the memory of its device, as the rules say."""
 
     graph: CostGraph
     num_stages: int
     memory: MemoryModel
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def positions(self) -> int:
@@ -62,7 +64,7 @@ def split_order(
     problem: Problem, order: IntArray, upper_us: float, effort: Effort, positions: IntArray | None = None
 ) -> Solution | None:
     """The best split of one order, at these positions, whose largest load is at most `upper_us`."""
-    costs = IntervalCosts(problem.graph, order, problem.memory, positions)
+    costs = IntervalCosts(problem.graph, order, problem.memory, positions, problem.rules)
     effort.spend(cells=15 * problem.graph.num_nodes + 1e4)
     split = best_split(costs, problem.num_stages, upper_us, effort)
     if split is None:
@@ -73,7 +75,8 @@ def split_order(
 def first_splits(problem: Problem, effort: Effort) -> list[Solution]:
     """The best split of each standard order, the best of all first; empty where no order holds one that fits."""
     found: list[Solution] = []
-    for order in standard_orders(problem.graph):
+    for given in standard_orders(problem.graph):
+        order = problem.rules.arranged(problem.graph, given)
         effort.spend(cells=60 * problem.graph.num_nodes)
         upper = min((s.load_us for s in found), default=np.inf)
         solution = split_coarse_to_fine(problem, order, upper, effort)
@@ -151,7 +154,8 @@ def search(problem: Problem, starts: list[Solution], random: Random, effort: Eff
 def _random_start(problem: Problem, best: Solution, random: Random, effort: Effort, turn: int) -> Solution | None:
     ahead, back = problem.graph.successors, problem.graph.predecessors
     order = depth_first(ahead, back, random=random) if turn % 2 else depth_first(back, ahead, random=random)[::-1]
-    return split_coarse_to_fine(problem, np.array(order, np.int64), best.load_us * 2, effort)
+    arranged = problem.rules.arranged(problem.graph, np.array(order, np.int64))
+    return split_coarse_to_fine(problem, arranged, best.load_us * 2, effort)
 
 
 def _descend_with_kicks(problem: Problem, start: Solution, random: Random, effort: Effort, goal_us: float) -> Solution:
@@ -188,6 +192,8 @@ def kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -
         if found is not None:
             stage_of = found.stage_of
     if stage_memory(graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max() > problem.memory.limit_bytes:
+        return solution
+    if problem.rules.broken(stage_of, problem.num_stages):
         return solution
     load = float(run_costs(graph, problem.memory, stage_of, problem.num_stages).load_us.max())
     return Solution(load_us=load, stage_of=stage_of, order=solution.order if found is None else found.order)

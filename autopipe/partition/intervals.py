@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, Readers
+from autopipe.partition.constraints import Rules
 from autopipe.partition.interval_memory import IntervalMemory
 from autopipe.partition.memory import MemoryModel
 
@@ -99,12 +100,18 @@ class IntervalCosts:
     """
 
     def __init__(
-        self, graph: CostGraph, order: IntArray, memory: MemoryModel | None = None, grid: IntArray | None = None
+        self,
+        graph: CostGraph,
+        order: IntArray,
+        memory: MemoryModel | None = None,
+        grid: IntArray | None = None,
+        rules: Rules | None = None,
     ) -> None:
         n = graph.num_nodes
-        self.graph, self.order, self.memory = graph, order, memory
+        self.graph, self.order, self.memory, self.rules = graph, order, memory, rules or Rules()
         position = np.empty(n, np.int64)
         position[order] = np.arange(n)
+        self._position = position
         scale = graph.exposed / graph.link.bytes_per_us
         forward, backward = graph.tensor_bytes, graph.gradient_bytes
         sent = [np.ones_like(forward), (backward > 0).astype(float)]
@@ -116,7 +123,7 @@ class IntervalCosts:
             outside = np.full(len(graph.param_bytes), -1, np.int64)
             static = memory.static_bytes(graph)[None, :]
             self._all_held = entering(graph.param_readers, outside, position, n, static)
-        self.use_grid(np.arange(n + 1) if grid is None else grid)
+        self.use_grid(np.arange(n + 1) if grid is None else np.union1d(grid, self.rules.places(position)))
 
     def use_grid(self, grid: IntArray) -> None:
         """Restricts the cuts to these positions; 0 and n must be among them."""
@@ -164,11 +171,14 @@ class IntervalCosts:
         return self._in.block(rows, cols, (TRAFFIC,))
 
     def stage_load_us(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
-        """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit."""
+        """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit or may not be."""
         load = self.load_us(rows, cols)
         if self._all_held is not None:
             held = self._memory_blocks(rows, cols)
             load = load + self._ways.added_us(rows, cols, stage, num_stages, held, np.isfinite(load))
+        if self.rules.any:
+            start, end = self.grid[rows[0] : rows[1] + 1], self.grid[cols[0] : cols[1] + 1]
+            load[self.rules.forbidden(self._position, start, end, stage, num_stages)] = np.inf
         return load
 
     def least_peak_bytes(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:

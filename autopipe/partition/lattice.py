@@ -141,6 +141,8 @@ class _Sweep:
             if self.problem.memory.chooses(self.problem.graph):
                 wanted = np.isfinite(load) & ~pairs.equal
                 load = load + pairs.added_us(self.problem.memory, k, self.problem.num_stages, wanted)
+            if self.problem.rules.any:
+                load[pairs.forbidden(self.problem.rules, k, self.problem.num_stages)] = np.inf
             if self.merged:
                 relaxed = np.maximum(relaxed[:, None], load).min(axis=0)
             load[pairs.equal] = np.inf

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, Readers
+from autopipe.partition.constraints import Rules
 from autopipe.partition.downsets import Pool
 from autopipe.partition.memory import MemoryModel
 
@@ -129,6 +130,19 @@ class Pairs:
             added[rows[fits], cols[fits]] = self._difference(way.recompute_us)[rows[fits], cols[fits]]
             rows, cols = rows[~fits], cols[~fits]
         return added
+
+    def forbidden(self, rules: Rules, stage: int, num_stages: int) -> NDArray[np.bool_]:
+        """Pairs that cannot be stage k of K."""
+        wrong = np.zeros(self.nested.shape, bool)
+        first = [pool.members(rules.first).min(axis=1, initial=1.0) < 0.5 for pool in (self.before, self.after)]
+        last = [pool.members(rules.last).max(axis=1, initial=0.0) > 0.5 for pool in (self.before, self.after)]
+        wrong |= first[1][None, :] if stage == 0 else first[0][:, None]
+        wrong |= last[0][:, None] if stage == num_stages - 1 else last[1][None, :]
+        several = _sizes(self.after)[None, :] - _sizes(self.before)[:, None] > 1.5
+        for v in rules.alone:
+            a, b = (pool.members(np.array([v]))[:, 0] > 0.5 for pool in (self.before, self.after))
+            wrong |= ~a[:, None] & b[None, :] & several
+        return wrong
 
     def _difference(self, values: FloatArray) -> FloatArray:
         """(A, B) sum of the values over b - a."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
-from autopipe.cost import IntArray, build_cost_graph
+from autopipe.cost import CostGraph, IntArray, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
 from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time, pipedream
 from autopipe.partition.bottleneck import Problem, Solution, first_splits
 from autopipe.partition.bounds import load_bound_us, step_bound_us
+from autopipe.partition.constraints import Constraints, impossible
 from autopipe.partition.effort import Effort
 from autopipe.partition.infeasible import check_fits
 from autopipe.partition.memory import run_costs
@@ -45,6 +47,7 @@ def partition(
     objective: str = "step",
     recompute: str = "auto",
     split_points: Sequence[str] | None = None,
+    constraints: Constraints | None = None,
     time_budget_s: float = 2.0,
     seed: int = 0,
 ) -> Plan:
@@ -65,6 +68,7 @@ def partition(
         recompute: `auto` computes activations again as far as the memory limit demands, the cheapest first; `none` never does,
             `full` does for every stage as a whole.
         split_points: FQNs of submodules at which a new stage begins; nothing is searched then.
+        constraints: modules that stay together, or stand alone, first or last; what each costs is in the plan's baselines.
         time_budget_s: seconds of search, counted in work done, so that a plan does not depend on how busy the machine is.
         seed: of the random orders; the same seed gives the same plan.
 
@@ -104,22 +108,74 @@ def partition(
         objective=request.checked_choice(objective, request.OBJECTIVES, "objective"),
         memory=memory,
     )
-    graph = build_cost_graph(profile, request.checked_link(profile, link, overlap))
-    graph = with_recompute(graph, profile, request.checked_choice(recompute, RECOMPUTE, "recompute"))
-    request.check_stages_fit_nodes(graph, K)
-    problem = Problem(graph=graph, num_stages=K, memory=memory)
-    effort = Effort(time_budget_s)
-    if split_points:
-        return _as_told(profile, problem, run, split_points, effort, seed)
-    stage_of, load_bound = _searched(problem, run, effort, seed)
+    asked = Asked(
+        profile=profile,
+        link=request.checked_link(profile, link, overlap),
+        recompute=request.checked_choice(recompute, RECOMPUTE, "recompute"),
+        run=run,
+        seed=seed,
+    )
+    constraints = constraints or Constraints()
+    problem = asked.problem(constraints)
+    told = _as_told(profile, problem, split_points) if split_points else None
+    stage_of, load_bound = _searched(problem, run, Effort(time_budget_s), seed)
+    if told is not None:
+        stage_of, free = told, stage_of
+        others = {UNCONSTRAINED: (problem.graph, free)}
+    else:
+        others = asked.prices(constraints, problem, stage_of, time_budget_s)
     certificate = _certificate(problem, run, stage_of, load_bound)
-    return assemble(profile, graph, run, stage_of, certificate, {})
+    return assemble(profile, problem.graph, run, stage_of, certificate, others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The checked arguments of a call, from which the problem under any constraints follows."""
+
+    profile: Profile
+    link: LinkProfile
+    recompute: str
+    run: Run
+    seed: int
+
+    def problem(self, constraints: Constraints) -> Problem:
+        """The problem under these constraints."""
+        K, memory = self.run.num_stages, self.run.memory
+        graph = build_cost_graph(self.profile, self.link, constraints.groups(self.profile))
+        if self.recompute == "full" or np.isfinite(memory.limit_bytes):
+            graph = with_recompute(graph, self.profile, self.recompute)
+        request.check_stages_fit_nodes(graph, K)
+        return Problem(graph=graph, num_stages=K, memory=memory, rules=constraints.rules(self.profile, graph, K))
+
+    def prices(
+        self, constraints: Constraints, problem: Problem, stage_of: IntArray, budget_s: float
+    ) -> dict[str, tuple[CostGraph, IntArray]]:
+        """For each constraint, and for all of them, the split without it, from a search of its own."""
+        without = {f"without {words}": rest for words, rest in constraints.one_at_a_time()}
+        if len(without) > 1:
+            without[UNCONSTRAINED] = Constraints()
+        found = {}
+        of_profile_node = stage_of[problem.graph.node_of()]
+        for name, rest in without.items():
+            other = self.problem(rest)
+            mine = of_profile_node[[members[0] for members in other.graph.members]]
+            better, _ = _searched(other, self.run, Effort(budget_s / len(without)), self.seed)
+            found[name] = other.graph, min((mine, better), key=lambda s: self._objective_us(other, s))
+        return found
+
+    def _objective_us(self, problem: Problem, stage_of: IntArray) -> float:
+        costs = run_costs(problem.graph, problem.memory, stage_of, problem.num_stages)
+        if self.run.objective == "bottleneck":
+            return float(costs.load_us.max())
+        return simulated_step_us(costs, self.run.num_microbatches, self.run.schedule)
 
 
 def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[IntArray, float]:
     """The best assignment that the search finds, and a bound on the largest load."""
     if problem.num_stages == 1:
         stage_of = np.zeros(problem.graph.num_nodes, np.int64)
+        if problem.rules.broken(stage_of, 1):
+            raise impossible(problem.rules, 1)
         check_fits(problem, stage_of)
         return stage_of, load_bound_us(problem.graph, 1)
     random = Random(seed)
@@ -155,10 +211,8 @@ def _usual(problem: Problem) -> list[Solution]:
     return [Solution(load_us=np.inf, stage_of=stage_of, order=order) for stage_of in splits]
 
 
-def _as_told(
-    profile: Profile, problem: Problem, run: Run, split_points: Sequence[str], effort: Effort, seed: int
-) -> Plan:
-    """The plan of the caller's own split points; the plan without them stands among the baselines, so that their price shows."""
+def _as_told(profile: Profile, problem: Problem, split_points: Sequence[str]) -> IntArray:
+    """The stages of the caller's own split points."""
     if len(split_points) + 1 != problem.num_stages:
         raise PartitionError(
             f"{len(split_points)} split points for num_stages={problem.num_stages}",
@@ -167,10 +221,15 @@ def _as_told(
             remedy=f"leave num_stages out, or give {len(split_points) + 1}",
         )
     stage_of = request.stages_from_split_points(profile, problem.graph, split_points)
+    if problem.rules.broken(stage_of, problem.num_stages):
+        raise PartitionError(
+            f"split points {', '.join(split_points)}, which break the constraints",
+            expected="split points that keep them",
+            where="split_points and constraints",
+            remedy="leave one of the two out",
+        )
     check_fits(problem, stage_of)
-    free, load_bound = _searched(problem, run, effort, seed)
-    certificate = _certificate(problem, run, stage_of, load_bound)
-    return assemble(profile, problem.graph, run, stage_of, certificate, {UNCONSTRAINED: free})
+    return stage_of
 
 
 def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float) -> Certificate:

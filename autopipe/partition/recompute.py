@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, sum_by
+from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, indivisible, sum_by
 from profiler.records import Profile
 
 SHARES = 8
@@ -38,7 +38,7 @@ def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGr
     """The graph with the classes that a stage may choose from; `recompute` is one of `plan.RECOMPUTE`."""
     if recompute == "none":
         return graph
-    memory = _Memory(profile, graph)
+    memory = _Memory(profile)
     whole = _class(profile, graph, memory, memory.regions(np.inf, np.inf), at_once=True)
     if recompute == "full":
         return dataclasses.replace(graph, classes=(whole,))
@@ -83,7 +83,7 @@ def _turns_up(
 class _Memory:
     """Who makes, keeps and reads which memory: (N) arrays over the nodes of the profile, and pairs of them."""
 
-    def __init__(self, profile: Profile, graph: CostGraph) -> None:
+    def __init__(self, profile: Profile) -> None:
         nodes = profile.nodes
         index = {node.name: i for i, node in enumerate(nodes)}
         self.saved = np.array([node.saved_bytes for node in nodes], float)
@@ -102,11 +102,11 @@ class _Memory:
         size = np.maximum(np.maximum(output, self.saved), 1.0)
         self.ratio = np.where(self.forward <= NEGLIGIBLE * self.forward.sum(), 0.0, self.forward / size)
         self.total = np.concatenate([[0.0], np.cumsum(self.saved)])
-        self.groups = [np.array(members) for members in graph.members if len(members) > 1]
-        self._find_ends(graph)
+        self.groups = [np.array(members) for members in indivisible(profile) if len(members) > 1]
+        self._find_ends()
         self._find_places()
 
-    def _find_ends(self, graph: CostGraph) -> None:
+    def _find_ends(self) -> None:
         """Nodes that keep nothing but inputs, which a region may end with, and the memory that each of them keeps."""
         single = np.ones(len(self.saved), bool)
         for members in self.groups:

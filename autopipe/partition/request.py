@@ -11,6 +11,7 @@ import numpy as np
 
 from autopipe.cost import DEFAULT_LINK, CostGraph, IntArray
 from autopipe.errors import PartitionError
+from autopipe.partition.constraints import nodes_of
 from autopipe.partition.memory import OPTIMIZER_STATES, MemoryModel
 from autopipe.plan import SCHEDULES
 from profiler.records import LinkProfile, Profile
@@ -122,9 +123,7 @@ def stages_from_split_points(profile: Profile, graph: CostGraph, points: Sequenc
     node_of = graph.node_of()
     starts: dict[int, str] = {}
     for point in points:
-        inside = [i for i, node in enumerate(profile.nodes) if (node.module + ".").startswith(point + ".")]
-        if not inside:
-            raise _unknown_module(profile, point)
+        inside = nodes_of(profile, point, "split_points")
         first = int(min(node_of[inside]))
         if first == 0 or first in starts:
             other = "the whole model does" if first == 0 else f"{starts[first]!r} does"
@@ -138,18 +137,3 @@ def stages_from_split_points(profile: Profile, graph: CostGraph, points: Sequenc
     border = np.zeros(graph.num_nodes, np.int64)
     border[sorted(starts)] = 1
     return np.cumsum(border)
-
-
-def _unknown_module(profile: Profile, point: str) -> PartitionError:
-    modules = {
-        ".".join(parts[:end])
-        for parts in (n.module.split(".") for n in profile.nodes)
-        for end in range(1, len(parts) + 1)
-    }
-    near = difflib.get_close_matches(point, sorted(modules - {""}), 3, 0.4)
-    return PartitionError(
-        f"split point {point!r} names no module of the graph",
-        expected="the FQN of a submodule, such as one of `model.named_modules()`",
-        where="split_points",
-        remedy=f"did you mean {' or '.join(map(repr, near))}?" if near else "see the modules with `autopipe profile`",
-    )

@@ -11,6 +11,7 @@ from autopipe.cost import IntArray
 from autopipe.partition.bottleneck import CLOSE_ENOUGH, Problem, Solution, first_splits, improve, search, split_order
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE
+from autopipe.partition.constraints import impossible
 from autopipe.partition.effort import Effort
 from autopipe.partition.infeasible import least_peak_split, too_little_memory
 from autopipe.partition.lattice import Refined, refine
@@ -34,9 +35,9 @@ class Reduced:
 
 
 def reduce_problem(problem: Problem) -> Reduced:
-    """The problem on the reduced graph, where that is worth it and leaves enough nodes."""
+    """The problem on the reduced graph, where that is worth it, leaves enough nodes, and no node has a place."""
     n = problem.graph.num_nodes
-    if n > SMALL:
+    if n > SMALL and not problem.rules.any:
         graph, index = reduced(problem.graph, limited=problem.memory.chooses(problem.graph))
         if graph.num_nodes >= problem.num_stages:
             return Reduced(problem=dataclasses.replace(problem, graph=graph), index=index)
@@ -91,6 +92,8 @@ def _with_least_traffic(problem: Problem, found: Refined, effort: Effort) -> Ref
 
 def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution:
     """A split that fits where no standard order holds one: through all the down-sets, if they are not too many."""
+    if problem.rules.any:
+        return _any_that_obeys(problem, effort)
     nearest = least_peak_split(problem)
     graph = problem.graph
     everything = float(graph.work_us.sum()) + 4 * graph.exposed * (
@@ -102,3 +105,13 @@ def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution
     if found is start:
         raise too_little_memory(problem, nearest)
     return found
+
+
+def _any_that_obeys(problem: Problem, effort: Effort) -> Solution:
+    """Raises for a problem of which no standard order holds a solution: the rules alone are at fault, or memory is too."""
+    if problem.memory.chooses(problem.graph):
+        memory = dataclasses.replace(problem.memory, limit_bytes=np.inf)
+        without = first_splits(dataclasses.replace(problem, memory=memory), effort)
+        if without:
+            raise too_little_memory(problem, without[0].stage_of)
+    raise impossible(problem.rules, problem.num_stages)

@@ -46,7 +46,7 @@ class Clock:
         self._known: dict[bytes, float] = {}
 
     def step_us(self, stage_of: IntArray) -> float:
-        """The simulated step; infinite where a stage does not fit into memory."""
+        """The simulated step; infinite where a stage does not fit into memory or the rules are broken."""
         key = stage_of.tobytes()
         if key not in self._known:
             self._known[key] = self._simulate(stage_of)
@@ -56,6 +56,8 @@ class Clock:
         problem, memory = self.problem, self.problem.memory
         actions = 2 * problem.num_stages * memory.num_microbatches
         self.effort.spend(seconds=ASSIGNMENT_S + ACTION_S * actions + NODE_S * problem.graph.num_nodes)
+        if problem.rules.broken(stage_of, problem.num_stages):
+            return np.inf
         costs = stage_costs(problem.graph, stage_of, problem.num_stages)
         if memory.chooses(problem.graph):
             held = stage_memory(problem.graph, memory, stage_of, problem.num_stages)
@@ -130,7 +132,7 @@ def _neighbours(problem: Problem, clock: Clock, start: Solution, effort: Effort)
     if graph.num_nodes >= LARGE:
         cuts = np.cumsum(np.bincount(start.stage_of, minlength=problem.num_stages))[:-1]
         positions = grid(graph, start.order, max(LARGE_GRID, 8 * problem.num_stages), around=cuts)
-    costs = IntervalCosts(graph, start.order, problem.memory, positions)
+    costs = IntervalCosts(graph, start.order, problem.memory, positions, problem.rules)
     found = [] if np.isinf(start.load_us) else _with_less_traffic(problem, costs, start, effort)
     return found + _with_shorter_path(problem, clock, costs, start, effort)
 
