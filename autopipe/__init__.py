@@ -2,12 +2,14 @@
 
 from autopipe.api import pipeline
 from autopipe.capture import Captured, capture
+from autopipe.cluster import Cluster
 from autopipe.config import PipelineConfig
 from autopipe.engine.engine import Engine
 from autopipe.errors import (
     AutopipeError,
     CaptureError,
     CheckpointError,
+    ClusterError,
     ConfigError,
     EngineError,
     PartitionError,
@@ -24,6 +26,8 @@ __all__ = [
     "CaptureError",
     "Captured",
     "CheckpointError",
+    "Cluster",
+    "ClusterError",
     "ConfigError",
     "Constraints",
     "Engine",

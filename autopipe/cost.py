@@ -54,6 +54,25 @@ class RecomputeClass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageDevices:
+    """What K stages run on, where their devices or links differ, or where replicas sum their gradients.
+
+    Attributes:
+        speed: (K) by which the compute of each stage is divided.
+        latency_us, us_per_byte, exposed: (K, K) the link between two stages: a message of b bytes takes latency + b x us_per_byte,
+            and compute does not hide the share `exposed` of it.
+        reduce_latency_us, reduce_us_per_byte: (K) time of summing a stage's gradients over its replicas, after its last backward.
+    """
+
+    speed: FloatArray
+    latency_us: FloatArray
+    us_per_byte: FloatArray
+    exposed: FloatArray
+    reduce_latency_us: FloatArray
+    reduce_us_per_byte: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostGraph:
     """The graph that is cut. n nodes, T tensors that a node hands to others, P parameters and buffers.
 
@@ -70,6 +89,7 @@ class CostGraph:
         param_readers: who reads the parameters.
         link: latency, bandwidth and overlap between stages.
         classes: what a stage may compute again: the first class under which it fits is taken.
+        devices: what the stages run on; None: all alike, joined by `link`, and gradients are not summed over replicas.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -91,6 +111,7 @@ class CostGraph:
     param_readers: Readers
     link: LinkProfile
     classes: tuple[RecomputeClass, ...]
+    devices: StageDevices | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -329,6 +350,8 @@ class StageCosts:
         edge_bytes, edge_gradient_bytes: bytes from a stage to another, and of the gradients that come back.
         edge: whether anything goes from a stage to another.
         link: what a transfer costs.
+        devices: what the stages run on, in the place of `link`, where they are not alike.
+        reduce_us: time of summing a stage's gradients over the replicas.
     """
 
     forward_us: FloatArray
@@ -339,6 +362,8 @@ class StageCosts:
     edge_gradient_bytes: FloatArray
     edge: NDArray[np.bool_]
     link: LinkProfile
+    devices: StageDevices | None = None
+    reduce_us: FloatArray | None = None
 
     @property
     def load_us(self) -> FloatArray:
@@ -351,25 +376,36 @@ class StageCosts:
         Unlike in `load_us`, each pair of stages has a message of its own, and a tensor that two stages read is sent twice: that
         is what the engine does, and what is simulated. It is never less than `load_us`.
         """
-        latency, rate = self.link.latency_us, self.link.bytes_per_us
-        there = np.where(self.edge, latency + self.edge_bytes / rate, 0.0)
-        back = np.where(self.edge_gradient_bytes > 0, latency + self.edge_gradient_bytes / rate, 0.0)
-        share = 1.0 - self.link.overlap
-        forward = self.forward_us + share * (there.sum(axis=0) + there.sum(axis=1))
-        return forward, self.backward_us + share * (back.sum(axis=0) + back.sum(axis=1))
+        there, back, exposed = self._messages_us()
+        there, back = there * exposed, back * exposed
+        forward = self.forward_us + there.sum(axis=0) + there.sum(axis=1)
+        return forward, self.backward_us + back.sum(axis=0) + back.sum(axis=1)
 
     def links(self) -> dict[tuple[int, int], tuple[float, float | None]]:
         """For each pair of stages with traffic, how long its message holds the link beside compute, forward and back.
 
         The second is None where no gradient comes back.
         """
+        there, back, exposed = self._messages_us()
+        there, back = there * (1 - exposed), back * (1 - exposed)
         found: dict[tuple[int, int], tuple[float, float | None]] = {}
         for source, target in np.argwhere(self.edge).tolist():
-            gradient = float(self.edge_gradient_bytes[source, target])
-            forward = self.link.overlap * self.link.transfer_us(float(self.edge_bytes[source, target]))
-            backward = self.link.overlap * self.link.transfer_us(gradient) if gradient else None
-            found[source, target] = (forward, backward)
+            has_gradient = bool(self.edge_gradient_bytes[source, target])
+            found[source, target] = (
+                float(there[source, target]),
+                float(back[source, target]) if has_gradient else None,
+            )
         return found
+
+    def _messages_us(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(K, K) time of the message from a stage to another, of the gradient that comes back, and the share not hidden."""
+        devices, everywhere = self.devices, np.ones_like(self.edge_bytes)
+        latency = everywhere * self.link.latency_us if devices is None else devices.latency_us
+        per_byte = everywhere / self.link.bytes_per_us if devices is None else devices.us_per_byte
+        exposed = everywhere * (1 - self.link.overlap) if devices is None else devices.exposed
+        there = np.where(self.edge, latency + self.edge_bytes * per_byte, 0.0)
+        back = np.where(self.edge_gradient_bytes > 0, latency + self.edge_gradient_bytes * per_byte, 0.0)
+        return there, back, exposed
 
 
 def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageCosts:
@@ -394,16 +430,28 @@ def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageC
 
     edge = between(np.ones(len(crossing))) > 0
     gradients = between(graph.gradient_bytes[crossing])
+    devices = graph.devices
+    speed = np.ones(K) if devices is None else devices.speed
     return StageCosts(
-        forward_us=sum_by(stage_of, graph.forward_us, K),
-        backward_us=sum_by(stage_of, graph.backward_us, K),
+        forward_us=sum_by(stage_of, graph.forward_us, K) / speed,
+        backward_us=sum_by(stage_of, graph.backward_us, K) / speed,
         forward_exposed_us=exposed(graph.tensor_bytes, edge),
         backward_exposed_us=exposed(graph.gradient_bytes, gradients > 0),
         edge_bytes=between(graph.tensor_bytes[crossing]),
         edge_gradient_bytes=gradients,
         edge=edge,
         link=link,
+        devices=devices,
+        reduce_us=None if devices is None else _reduce_us(graph, devices, stage_of),
     )
+
+
+def _reduce_us(graph: CostGraph, devices: StageDevices, stage_of: IntArray) -> FloatArray:
+    """(K) time of summing the gradients of each stage over its replicas; 0 where it trains nothing."""
+    K, readers = len(devices.speed), graph.param_readers
+    held = np.unique(readers.owner * K + stage_of[readers.node])
+    num_bytes = sum_by(held % K, (graph.param_bytes * graph.trainable)[held // K], K)
+    return np.where(num_bytes > 0, devices.reduce_latency_us + devices.reduce_us_per_byte * num_bytes, 0.0)
 
 
 def crossings(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[IntArray, IntArray]:

@@ -7,6 +7,7 @@ __all__ = [
     "AutopipeError",
     "CaptureError",
     "CheckpointError",
+    "ClusterError",
     "ConfigError",
     "EngineError",
     "PartitionError",
@@ -42,3 +43,7 @@ class CheckpointError(AutopipeError):
 
 class ConfigError(AutopipeError, ValueError):
     """An argument of the public API or the command line has a wrong value."""
+
+
+class ClusterError(AutopipeError, ValueError):
+    """A description of devices and links is not valid."""

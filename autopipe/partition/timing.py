@@ -11,17 +11,23 @@ Links = Mapping[tuple[int, int], tuple[float, float | None]]
 
 
 def simulated_step_us(costs: StageCosts, num_microbatches: int, schedule: str = "1f1b") -> float:
-    """Time from the first forward to the last backward of all micro-batches; the optimizer step is not in it."""
+    """Time from the first forward to the last backward of all micro-batches, and to the last sum over replicas; the optimizer apart."""
     forward, backward = costs.busy_us()
-    return step_time_us(forward.tolist(), backward.tolist(), costs.links(), num_microbatches, schedule)
+    return step_time_us(
+        forward.tolist(), backward.tolist(), costs.links(), num_microbatches, schedule, reduce_us=reductions_us(costs)
+    )
+
+
+def reductions_us(costs: StageCosts) -> list[float]:
+    """Of each stage, the sum of its gradients over the replicas; empty where there is one replica."""
+    return [] if costs.reduce_us is None else costs.reduce_us.tolist()
 
 
 def ranked_step_us(costs: StageCosts, num_microbatches: int, schedule: str) -> float:
     """The same without the skips that cannot delay anything: the simulator prepares itself for each new set of links."""
     forward, backward = (times.tolist() for times in costs.busy_us())
-    return step_time_us(
-        forward, backward, without_harmless_skips(forward, backward, costs.links()), num_microbatches, schedule
-    )
+    links = without_harmless_skips(forward, backward, costs.links())
+    return step_time_us(forward, backward, links, num_microbatches, schedule, reduce_us=reductions_us(costs))
 
 
 def without_harmless_skips(forward_us: Sequence[float], backward_us: Sequence[float], links: Links) -> Links:

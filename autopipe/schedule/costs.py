@@ -27,6 +27,7 @@ class Costs:
         links: for each (source, target), how long a transfer holds the link, forward and back.
         activation_bytes: what each stage keeps from the forward of a micro-batch to its backward.
         static_bytes: what each stage holds all the time.
+        reduce_us: time of summing the gradients of each stage over the replicas, after its last backward; empty: none.
         weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
         split_overhead: how much longer the two parts take than the backward in one.
     """
@@ -36,6 +37,7 @@ class Costs:
     links: Mapping[tuple[int, int], Link] = field(default_factory=lambda: MappingProxyType({}))
     activation_bytes: tuple[int, ...] = ()
     static_bytes: tuple[int, ...] = ()
+    reduce_us: tuple[float, ...] = ()
     weight_share: float = 0.5
     split_overhead: float = 0.0
 

@@ -15,7 +15,7 @@ def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
 
     A compute holds its rank and starts when the rank has come to it and what it reads has arrived. Sends and receives are issued
     when the rank comes to them and do not hold it; the transfer starts when both ends are issued and its link, one for each edge
-    and direction, is free. A reduction is issued like a transfer and takes no time.
+    and direction, is free. A reduction of tied parameters is issued like a transfer and takes no time; those over the replicas come last.
 
     Args:
         schedule: made by `build_schedule`, whose lists are restrictions of its order.
@@ -45,6 +45,8 @@ def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
             parts = sides(action, schedule.num_ranks, schedule.reductions)
             start = max(clock[schedule.rank_of(part.stage)] for part in parts)
         events.append(Event(rank, action.kind, action.stage, action.microbatch, action.peer, start, start + duration))
+    if any(costs.reduce_us):
+        events += _reductions(schedule, costs, events)
     makespan = max(event.end_us for event in events)
     return Timeline(
         events=tuple(events),
@@ -52,6 +54,24 @@ def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
         bubble=tuple(1.0 - b / makespan if makespan else 0.0 for b in busy),
         peak_bytes=_peak_bytes(schedule, costs),
     )
+
+
+def _reductions(schedule: Schedule, costs: Costs, events: list[Event]) -> list[Event]:
+    """The sums of gradients over the replicas: of each stage after its last backward, on a rank one after the other."""
+    last: dict[int, float] = {}
+    for event in events:
+        if event.kind in ("B", "I", "W"):
+            last[event.stage] = max(last.get(event.stage, 0.0), event.end_us)
+    free = [0.0] * schedule.num_ranks
+    found = []
+    for stage in sorted(last, key=lambda s: (last[s], s)):
+        duration = costs.reduce_us[stage]
+        if duration > 0:
+            rank = schedule.rank_of(stage)
+            start = max(last[stage], free[rank])
+            free[rank] = start + duration
+            found.append(Event(rank, "REDUCE_GRAD", stage, schedule.num_microbatches - 1, -1, start, free[rank]))
+    return found
 
 
 def _arrive(

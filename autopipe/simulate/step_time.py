@@ -28,6 +28,7 @@ def step_time_us(
     num_ranks: int | None = None,
     weight_share: float = 0.5,
     split_overhead: float = 0.0,
+    reduce_us: Sequence[float] = (),
 ) -> float:
     """Makespan of a step; equal to that of `simulate_schedule` on the schedule that was built with the same costs.
 
@@ -40,6 +41,7 @@ def step_time_us(
         num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
         weight_share: the part of the backward that computes weight gradients, where the schedule splits it.
         split_overhead: how much longer the two parts take than the backward in one.
+        reduce_us: of each stage, the sum of its gradients over the replicas, after its last backward.
     """
     pairs = tuple(sorted(links))
     edges = tuple((s, t, links[s, t][1] is not None) for s, t in pairs)
@@ -49,10 +51,31 @@ def step_time_us(
     rows = _rows(schedule, len(forward_us), num_microbatches, edges, timed_links, num_ranks or len(forward_us))
     inputs = [b * (1 + split_overhead) * (1 - weight_share) for b in backward_us]
     weights = [b * (1 + split_overhead) * weight_share for b in backward_us]
-    return _longest_path(rows, [0.0, *forward_us, *backward_us, *inputs, *weights, *forward_links, *backward_links])
+    end = _ends(rows, [0.0, *forward_us, *backward_us, *inputs, *weights, *forward_links, *backward_links])
+    if not any(reduce_us):
+        return max(end)
+    return max(max(end), _reduced(end, rows, reduce_us, num_ranks or len(forward_us)))
 
 
-def _longest_path(rows: tuple[Row, ...], duration_us: list[float]) -> float:
+def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float], num_ranks: int) -> float:
+    """When the last sum over the replicas ends: on a rank one stage after the other, in the order of their last backwards."""
+    K = len(reduce_us)
+    last = [0.0] * K
+    for time_us, row in zip(reversed(end), reversed(rows), strict=False):
+        column = row[3] - 1 - K
+        if 0 <= column < 3 * K and not last[column % K]:
+            last[column % K] = time_us
+            if all(last):
+                break
+    free = [0.0] * num_ranks
+    for stage in sorted(range(K), key=lambda s: (last[s], s)):
+        if reduce_us[stage] > 0:
+            free[stage % num_ranks] = max(free[stage % num_ranks], last[stage]) + reduce_us[stage]
+    return max(free)
+
+
+def _ends(rows: tuple[Row, ...], duration_us: list[float]) -> list[float]:
+    """When each row ends."""
     end = [0.0]
     append = end.append
     for first, second, third, duration in rows:
@@ -64,7 +87,7 @@ def _longest_path(rows: tuple[Row, ...], duration_us: list[float]) -> float:
         if other > start:
             start = other
         append(start + duration_us[duration])
-    return max(end)
+    return end
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     "profiler",
     "autopipe.errors",
+    "autopipe.cluster",
     "autopipe.plan",
     "autopipe.cost",
     "autopipe.schedule",
@@ -34,6 +35,8 @@ ORDER = [
 WITHOUT_TORCH = [
     "profiler/records.py",
     "profiler/errors.py",
+    "profiler/devices.py",
+    "autopipe/cluster.py",
     "autopipe/errors.py",
     "autopipe/plan.py",
     "autopipe/cost.py",
@@ -43,7 +46,7 @@ WITHOUT_TORCH = [
     "autopipe/report",
 ]
 # Modules of `profiler` that need no torch; everything else in it does.
-PLAIN_PROFILER = {"profiler.records", "profiler.errors"}
+PLAIN_PROFILER = {"profiler.records", "profiler.errors", "profiler.devices"}
 
 
 def _files(package: str) -> list[Path]:
