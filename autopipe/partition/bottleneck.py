@@ -130,23 +130,23 @@ def improve(problem: Problem, best: Solution, random: Random, effort: Effort, go
     return best
 
 
-def search(problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int) -> Solution:
+def search(
+    problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int, goal_us: float
+) -> Solution:
     """The best of several descents, from the starts given and then from random depth-first orders.
 
     Each descent is kicked out of its local optimum by the noising method (Charon and Hudry, 1993): a few steps under costs
     that are off by a random factor, then descent under the true ones, until `KICKS` kicks in a row bring nothing.
     """
-    graph = problem.graph
-    goal = load_bound_us(graph, problem.num_stages) * (1 + CLOSE_ENOUGH)
     best = starts[0]
     for turn in range(rounds):
-        if effort.spent or best.load_us <= goal:
+        if effort.spent or best.load_us <= goal_us:
             break
         start: Solution | None = (
             starts[turn] if turn < len(starts) else _random_start(problem, best, random, effort, turn)
         )
         if start is not None:
-            found = _descend_with_kicks(problem, start, random, effort, goal)
+            found = _descend_with_kicks(problem, start, random, effort, goal_us)
             best = min(best, found, key=lambda s: s.load_us)
     return best
 

@@ -13,6 +13,7 @@ from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE
 from autopipe.partition.constraints import impossible
 from autopipe.partition.effort import Effort
+from autopipe.partition.fluid import fluid_bound_us
 from autopipe.partition.infeasible import least_peak_split, too_little_memory
 from autopipe.partition.lattice import Refined, refine
 from autopipe.partition.reduce import reduced
@@ -57,11 +58,13 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     if not starts:
         starts = [_any_that_fits(problem, random, effort)]
     best = improve(problem, starts[0], random, effort, goal, stall=10)
+    bound = fluid_bound_us(problem.graph, problem.num_stages, bound, best.load_us, effort)
+    goal = bound * (1 + CLOSE_ENOUGH)
     found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.35, goal)
     if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
         part = effort.share(0.8)
         budget = part.left_s
-        best = search(problem, [found.solution, *starts[1:]], random, part, rounds)
+        best = search(problem, [found.solution, *starts[1:]], random, part, rounds, goal)
         effort.spend(seconds=budget - part.left_s)
         found = _proved_further(small, Refined(solution=best, bound_us=found.bound_us), random, effort, 1.0, goal)
     return starts, _with_least_traffic(problem, found, effort)

@@ -11,8 +11,10 @@ from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph, stage_costs
 from autopipe.partition.bottleneck import Problem, first_splits
+from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.downsets import Lattice
 from autopipe.partition.effort import Effort
+from autopipe.partition.fluid import fluid_bound_us
 from autopipe.partition.lattice import refine
 from autopipe.partition.memory import MemoryModel
 from autopipe.partition.reduce import reduced
@@ -111,3 +113,28 @@ def test_skips_left_out_in_ranking_delay_nothing(overlap: float) -> None:
         assert ranked_step_us(costs, num_microbatches, "1f1b") == pytest.approx(
             simulated_step_us(costs, num_microbatches), rel=1e-9
         ), seed
+
+
+def test_the_bound_of_a_line_with_little_beside_it_is_never_above_the_optimum() -> None:
+    better = 0
+    for seed in range(60):
+        profile, rng = random_profile(seed, 8, chain=True), random.Random(seed)
+        skips = [rng.randrange(3, 8) for _ in range(2)]
+        nodes = [
+            dataclasses.replace(n, forward_us=n.forward_us + 1, inputs=tuple(sorted({*n.inputs, f"n{v - 3}"})))
+            if v in skips
+            else dataclasses.replace(n, forward_us=n.forward_us + 1)
+            for v, n in enumerate(profile.nodes)
+        ]
+        side = dataclasses.replace(nodes[2], name="side", inputs=("n0",), forward_us=0.3, backward_us=0.2)
+        nodes[6] = dataclasses.replace(nodes[6], inputs=(*nodes[6].inputs, "side"))
+        graph = build_cost_graph(
+            dataclasses.replace(profile, nodes=(*nodes[:3], side, *nodes[3:])),
+            LinkProfile(latency_us=0.3, bytes_per_us=900.0, overlap=0.0),
+        )
+        for num_stages in (2, 3):
+            optimum, mean = least_load(graph, num_stages), load_bound_us(graph, num_stages)
+            bound = fluid_bound_us(graph, num_stages, mean, optimum * 1.2, Effort(5.0))
+            assert mean <= bound <= optimum * (1 + 1e-9), seed
+            better += bound > mean * 1.001
+    assert better > 30
