@@ -7,13 +7,14 @@ are one node of the graph; its nodes are numbered in a topological order close t
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from profiler.records import LinkProfile, Profile
+from profiler.records import LinkProfile, NodeProfile, Profile
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -183,11 +184,12 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
         workspace_bytes=workspace,
         recompute_us=np.zeros(len(members)),
     )
+    computes = [not is_model_input(node) for node in nodes]
     return CostGraph(
         members=members,
         profile_names=tuple(node.name for node in nodes),
-        forward_us=total(node.forward_us for node in nodes) * profile.residual,
-        backward_us=total(node.backward_us for node in nodes) * profile.residual,
+        forward_us=total(node.forward_us * c for node, c in zip(nodes, computes, strict=True)) * profile.residual,
+        backward_us=total(node.backward_us * c for node, c in zip(nodes, computes, strict=True)) * profile.residual,
         saved_bytes=saved,
         workspace_bytes=workspace,
         predecessors=tuple(map(tuple, predecessors)),
@@ -206,6 +208,11 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
         link=link,
         classes=(nothing,),
     )
+
+
+def is_model_input(node: NodeProfile) -> bool:
+    """Whether a node stands for what the model is given, as `Input` does in PipeDream's profiles: its time is that of loading data."""
+    return not node.inputs and not node.params and re.fullmatch(r"Input\d*", node.module) is not None
 
 
 def indivisible(profile: Profile) -> tuple[tuple[int, ...], ...]:

@@ -4,8 +4,7 @@
     python benchmarks/planner.py --only published --stages 2 4 --json planner.json
 
 Published problems lie in `../shared/workloads` (--workloads); without them that part is skipped. The load of a stage is its
-compute and the transfers over its borders, nothing hidden. A node of a PipeDream profile that is named `Input` is the loading
-of data; the loads known do not count its time, so it is set to 0.
+compute and the transfers over its borders, nothing hidden.
 """
 
 from __future__ import annotations
@@ -64,11 +63,7 @@ def published(workloads: Path, stages: list[int], budget_s: float) -> Iterator[R
 
 def load(path: Path) -> tuple[Profile, LinkProfile]:
     """A published problem and its link."""
-    data = json.loads(path.read_text())
-    for node in data["nodes"]:
-        if node["module"].startswith("Input"):
-            node["forward_us"] = node["backward_us"] = 0
-    return Profile.from_json(data), PIPEDREAM_LINK if path.name.startswith("pd_") else TARNAWSKI_LINK
+    return Profile.load(path), PIPEDREAM_LINK if path.name.startswith("pd_") else TARNAWSKI_LINK
 
 
 def steps(workloads: Path, stages: list[int], budget_s: float) -> Iterator[Row]:

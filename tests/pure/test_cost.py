@@ -87,3 +87,11 @@ def test_gpipe_holds_every_micro_batch() -> None:
     memory = MemoryModel(num_microbatches=8, schedule="gpipe")
     assert [memory.in_flight(k, 3) for k in range(3)] == [8, 8, 8]
     assert [MemoryModel(num_microbatches=2).in_flight(k, 3) for k in range(3)] == [2, 2, 1]
+
+
+def test_the_loading_of_data_is_no_compute() -> None:
+    profile = Profile(
+        nodes=(node("x", module="Input0"), node("y", "x", module="Input"), node("z", "y", module="Inputs"))
+    )
+    graph = build_cost_graph(profile, LINK)
+    assert graph.work_us.tolist() == [0.0, 3.0, 3.0]  # the second reads something, and the third is a module
