@@ -2,7 +2,7 @@
 
     python benchmarks/capture_coverage.py transformers hard          # runs what has no result yet, into build/coverage/
     python benchmarks/capture_coverage.py --peers transformers       # the same models through torch.export and pipeline()
-    python benchmarks/capture_coverage.py --write                    # docs/coverage.md and docs/coverage.json from the results
+    python benchmarks/capture_coverage.py --write                    # docs/coverage.md and benchmarks/results/coverage.json
 
 torchvision and timm need a torch of their own: run these lists in that environment, and `--write` in either.
 """
@@ -60,7 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--label", default=datetime.date.today().isoformat(), help="kept with each result")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="write docs/coverage.md and docs/coverage.json")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/coverage.md and benchmarks/results/coverage.json"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for kind in options.lists:
@@ -88,7 +90,7 @@ def main() -> None:
     if options.write:
         from benchmarks.coverage import table
 
-        table.write(options.out, ROOT / "docs")
+        table.write(options.out, ROOT)
 
 
 if __name__ == "__main__":
