@@ -1,0 +1,87 @@
+"""What a rank measures: step times of several peers in turn, and the extra memory of a step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.pipelines.peers import PEERS, Sgd, Step
+
+
+def timed_rounds(steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each step, peers in turn, the first of each round another one; a barrier stands before and after each."""
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warm_up + num_rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            dist.barrier()
+            start = time.perf_counter()
+            steps[name]()
+            dist.barrier()
+            if i >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def plain_stage(layers: list[nn.Module], rows: Tensor, num_microbatches: int) -> Callable[[], Any]:
+    """What a stage computes in a step, without any pipeline: forward and backward of each micro-batch, and the optimizer."""
+    module = nn.Sequential(*layers)
+    optimizer = Sgd(module.parameters())
+    inputs = [piece.clone().requires_grad_() for piece in rows.chunk(num_microbatches)]
+    gradient = torch.ones_like(inputs[0])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for piece in inputs:
+            module(piece).backward(gradient)
+            piece.grad = None
+        optimizer.step()
+
+    return step
+
+
+def compare(
+    make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]],
+    num_microbatches: int,
+    peers: tuple[str, ...],
+    num_rounds: int,
+) -> dict[str, Any]:
+    """Step times of the peers, of this rank's plain compute, and the losses of the first steps (equal where all do the same)."""
+    layers, batch, target, loss_fn = make()
+    steps: dict[str, Step] = {n: PEERS[n](layers, batch, target, loss_fn, num_microbatches) for n in peers}
+    losses = {n: [step() for _ in range(2)] for n, step in steps.items()}
+    rank, each = dist.get_rank(), len(layers) // dist.get_world_size()
+    alone = plain_stage(layers[each * rank : each * (rank + 1)], batch, num_microbatches)
+    times = timed_rounds({**steps, "plain": alone}, num_rounds)
+    return {"times": times, "losses": losses}
+
+
+def extra_memory(
+    make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_microbatches: int, peer: str
+) -> float:
+    """MB by which a step raises this process's resident memory at its peak, the third step of a run."""
+    layers, batch, target, loss_fn = make()
+    step = PEERS[peer](layers, batch, target, loss_fn, num_microbatches)
+    step()
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    dist.barrier()
+    step()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def median_ms(times: list[float]) -> float:
+    return statistics.median(times) * 1e3
