@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,9 +31,9 @@ class TensorSpec:
     stride: tuple[int, ...]
 
     @property
-    def order(self) -> list[int]:
+    def order(self) -> tuple[int, ...]:
         """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory."""
-        return sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], d))
+        return _slowest_first(self.stride)
 
 
 @dataclass(slots=True)
@@ -65,7 +66,6 @@ class Transport:
         self._context = context
         self._groups: dict[Flow, Any] = {}
         self._streams: dict[Flow, torch.cuda.Stream] = {}
-        self._sequence: dict[Flow, int] = {}
 
     def open(self, flows: Sequence[Flow]) -> None:
         """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6)."""
@@ -92,24 +92,26 @@ class Transport:
         flat = [
             _bytes(t.detach().permute(s.order).contiguous()) for t, s in zip(tensors, specs, strict=True) if t.numel()
         ]
-        return Handle(self._issue(dist.isend, flow, flow[1], flat), [], flat)
+        return Handle(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
         """Starts receiving into new tensors."""
         dense = [torch.empty([s.shape[d] for d in s.order], dtype=s.dtype, device=self._context.device) for s in specs]
-        works = self._issue(dist.irecv, flow, flow[0], [_bytes(t) for t in dense if t.numel()])
-        inverse = [[s.order.index(d) for d in range(len(s.shape))] for s in specs]
-        return Handle(works, [t.permute(i) for t, i in zip(dense, inverse, strict=True)])
+        works = self._issue("recv", flow, [_bytes(t) for t in dense if t.numel()])
+        return Handle(works, [t.permute(_inverse(s.order)) for t, s in zip(dense, specs, strict=True)])
 
-    def _issue(self, operation: Any, flow: Flow, peer: int, flat: list[Tensor]) -> list[Any]:
+    def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
         """Unbatched operations, always (rule 2); on CUDA under a stream that waits for the producer alone (rule 5)."""
-        self._sequence[flow] = self._sequence.get(flow, 0) + 1
         group, stream = self._groups[flow], self._streams.get(flow)
+        call = getattr(
+            group, operation
+        )  # what dist.isend and irecv end in, without what they ask about the group each time
+        peer = (flow[1] if operation == "send" else flow[0]) == max(flow)  # its rank in the group of two
         if stream is None:
-            return [operation(t, peer, group=group) for t in flat]
+            return [call([t], int(peer), 0) for t in flat]
         stream.wait_event(torch.cuda.current_stream(self._context.device).record_event())
         with torch.cuda.stream(stream):
-            works = [operation(t, peer, group=group) for t in flat]
+            works = [call([t], int(peer), 0) for t in flat]
         for t in flat:
             t.record_stream(stream)
         return works
@@ -137,6 +139,16 @@ class Transport:
         for flow, group in groups.items():
             if self._context.rank in flow and dist.is_initialized():
                 dist.destroy_process_group(group)
+
+
+@cache
+def _slowest_first(stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(stride)), key=lambda d: (-stride[d], d)))
+
+
+@cache
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(d) for d in range(len(order)))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

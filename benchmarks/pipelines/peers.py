@@ -47,9 +47,7 @@ def autopipe_step(
     return step
 
 
-def torch_step(
-    layers: list[nn.Module], batch: Tensor, target: Tensor, loss_fn: Any, num_microbatches: int
-) -> Step:
+def torch_step(layers: list[nn.Module], batch: Tensor, target: Tensor, loss_fn: Any, num_microbatches: int) -> Step:
     """`torch.distributed.pipelining.Schedule1F1B` over hand-made stages."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -71,9 +69,7 @@ def torch_step(
     return step
 
 
-def deepspeed_step(
-    layers: list[nn.Module], batch: Tensor, target: Tensor, loss_fn: Any, num_microbatches: int
-) -> Step:
+def deepspeed_step(layers: list[nn.Module], batch: Tensor, target: Tensor, loss_fn: Any, num_microbatches: int) -> Step:
     """DeepSpeed's PipelineEngine, ZeRO-0, fp32, without activation checkpointing."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     with contextlib.redirect_stdout(io.StringIO()):
