@@ -73,7 +73,7 @@ class Engine(IteratorFront):
         parameters, optimizing, runner = self._placed(), self._optimizer(), self._ready()
         optimizing.zero_grad()
         earlier = parameters.set_aside()
-        step, runs = runner.run(
+        step, _ = runner.run(
             "train",
             self._training,
             self._share(microbatches),
@@ -86,7 +86,7 @@ class Engine(IteratorFront):
         self._replicas.finish_reduce()
         self._replicas.share_buffers(parameters.buffers())
         parameters.put_back(earlier)
-        loss = runner.share_loss(runs)
+        loss = runner.share_loss(step)
         optimizing.step()
         self.steps += 1
         self._measured.add(step, self._layout.stages)
@@ -270,8 +270,8 @@ class Engine(IteratorFront):
         microbatches = self._split(args, kwargs, target)
         self.prepare(microbatches[0])
         share = self._share(microbatches)
-        _, runs = self._forward("eval", share)
-        return self._ready().share_loss(runs), share.total
+        step, _ = self._forward("eval", share)
+        return self._ready().share_loss(step), share.total
 
     def _forward(self, kind: Kind, share: Share) -> Any:
         return self._ready().run(kind, False, share, self.steps, reduce=_nothing, stage_done=_nothing)

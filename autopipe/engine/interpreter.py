@@ -37,6 +37,7 @@ def run_actions(
     runs: Mapping[int, StageRun],
     reduce: Callable[[int], None],
     stage_done: Callable[[int], None],
+    before_transfers: Callable[[], None],
 ) -> None:
     """Executes `actions` in order on this rank's stages.
 
@@ -46,12 +47,16 @@ def run_actions(
         runs: the stages of this rank.
         reduce: sums the gradients of one group of tied parameters.
         stage_done: is told of a stage whose last backward has run.
+        before_transfers: is called before the first send or receive; what it raises is raised as it is.
 
     Raises:
         ActionFailure: whatever an action raised, with its place.
     """
     last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "W")}
+    first = next((i for i, a in enumerate(actions) if a.peer >= 0), -1)
     for i, action in enumerate(actions):
+        if i == first:
+            before_transfers()
         try:
             with _modes_of(action.kind):
                 _execute(action, runs[action.stage], reduce)

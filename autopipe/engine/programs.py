@@ -20,9 +20,39 @@ from autopipe.engine.split_backward import Division, division_of
 from autopipe.engine.transport import TensorSpec
 from autopipe.errors import CaptureError
 from autopipe.schedule import Edge
-from autopipe.stages import Regions, StageModule, StageSpec, cut, edges_of, stage_module, with_recompute
+from autopipe.stages import (
+    MODEL_INPUT,
+    Regions,
+    StageInput,
+    StageModule,
+    StageSpec,
+    cut,
+    edges_of,
+    stage_module,
+    with_recompute,
+)
 
 Kind = Literal["train", "eval", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Tensors that go from one stage to another together: the names of their nodes, what they look like, and, of activations
+    that leave, their places among the stage's outputs."""
+
+    names: tuple[str, ...]
+    tensors: tuple[TensorSpec, ...]
+    places: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The messages of one stage, by the stage at the other end: activations that come and go, and gradients that come and go."""
+
+    received: Mapping[int, Message]
+    sent: Mapping[int, Message]
+    gradients_received: Mapping[int, Message]
+    gradients_sent: Mapping[int, Message]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +65,8 @@ class Program:
         modules: the stages of this rank.
         divisions: how far the backward of each of them can be divided, for schedules that do.
         loss_stage: the stage that holds the loss, None where there is none.
+        edges: the stage graph.
+        routes: what each of this rank's stages says to which other.
     """
 
     captured: Captured
@@ -42,25 +74,8 @@ class Program:
     modules: Mapping[int, StageModule]
     divisions: Mapping[int, Division]
     loss_stage: int | None
-
-    @property
-    def edges(self) -> tuple[Edge, ...]:
-        """The stage graph."""
-        return edges_of(self.specs)
-
-    def forward_message(self, source: int, target: int) -> list[TensorSpec]:
-        """The activations that go from one stage to another, in order."""
-        return [
-            TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in self.specs[target].received_from(source)
-        ]
-
-    def backward_message(self, source: int, target: int) -> list[TensorSpec]:
-        """The gradients that come back over the edge, in the order of their activations."""
-        return [
-            TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride)
-            for i in self.specs[target].received_from(source)
-            if i.gradient
-        ]
+    edges: tuple[Edge, ...]
+    routes: Mapping[int, Route]
 
 
 def capture_program(
@@ -122,7 +137,39 @@ def make_program(
     if compiled:
         for module in modules.values():
             module.compile()
-    return Program(captured=captured, specs=specs, modules=modules, divisions=divisions, loss_stage=loss_stage)
+    return Program(
+        captured=captured,
+        specs=specs,
+        modules=modules,
+        divisions=divisions,
+        loss_stage=loss_stage,
+        edges=edges_of(specs),
+        routes={s: _route(specs, s) for s in layout.stages},
+    )
+
+
+def _route(specs: tuple[StageSpec, ...], stage: int) -> Route:
+    spec = specs[stage]
+    sources = sorted({i.source for i in spec.inputs} - {MODEL_INPUT})
+    targets = sorted({t for o in spec.outputs for t in o.targets})
+    sent = {t: _message(specs[t].received_from(stage), tuple(spec.sent_to(t))) for t in targets}
+    return Route(
+        received={s: _message(spec.received_from(s)) for s in sources},
+        sent=sent,
+        gradients_received=_with_gradient({t: specs[t].received_from(stage) for t in targets}),
+        gradients_sent=_with_gradient({s: spec.received_from(s) for s in sources}),
+    )
+
+
+def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, Message]:
+    """Gradients come back in the order of their activations, where any do."""
+    messages = {peer: _message([i for i in tensors if i.gradient]) for peer, tensors in inputs.items()}
+    return {peer: message for peer, message in messages.items() if message.names}
+
+
+def _message(inputs: list[StageInput], places: tuple[int, ...] = ()) -> Message:
+    specs = (TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs)
+    return Message(tuple(i.name for i in inputs), tuple(specs), places)
 
 
 @contextlib.contextmanager
@@ -140,4 +187,6 @@ def mode_of(model: nn.Module, training: bool, flags: Mapping[nn.Module, bool]) -
 def set_mode(module: nn.Module, training: bool, flags: Mapping[nn.Module, bool]) -> None:
     """Training mode is what the user's flags say (a frozen batch norm stays in evaluation); evaluation mode is off for all."""
     for part in module.modules():
-        part.training = training and flags.get(part, True)
+        wanted = training and flags.get(part, True)
+        if part.training is not wanted:  # setting an attribute of a module costs more than reading it
+            part.training = wanted

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autopipe.capture import Captured
 from autopipe.capture.seeding import RandomSource, generators_kept
 from autopipe.config import PipelineConfig
+from autopipe.engine.agreement import CallComparison, LossSum
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
 from autopipe.engine.context import Context
@@ -100,12 +101,15 @@ class Runner:
         return program
 
     def _key(self, kind: Kind, training: bool, microbatch: MicroBatch) -> str:
-        frozen = zlib.crc32(bytes(p.requires_grad for p in self._parameters))
-        return f"{kind}|{training}|{frozen}|{microbatch.signature}"
+        return self._keys(kind, training, [microbatch])[0]
 
-    def _ensure(self, kind: Kind, training: bool, microbatches: Sequence[MicroBatch]) -> None:
-        """Captures what is needed and not there yet, in the same order on every rank. Collective where anything is new."""
-        new = {key: m for m in microbatches if (key := self._key(kind, training, m)) not in self._programs}
+    def _keys(self, kind: Kind, training: bool, microbatches: Sequence[MicroBatch]) -> list[str]:
+        frozen = zlib.crc32(bytes(p.requires_grad for p in self._parameters))
+        return [f"{kind}|{training}|{frozen}|{m.signature}" for m in microbatches]
+
+    def _ensure(self, kind: Kind, training: bool, wanted: Mapping[str, MicroBatch]) -> None:
+        """Captures what is needed and not there yet, in the same order on every rank. Collective."""
+        new = {key: m for key, m in wanted.items() if key not in self._programs}
         if (
             self._layout.data_parallel > 1
         ):  # replicas may have micro-batches of different shapes: each makes the programs of all
@@ -113,8 +117,8 @@ class Runner:
             self._transport.all_reduce(anything, dist.ReduceOp.MAX)
             if not anything:
                 return
-            wanted = self._context.gather({key: m.template() for key, m in new.items()})
-            new = {key: m for part in wanted for key, m in part.items() if key not in self._programs}
+            parts = self._context.gather({key: m.template() for key, m in new.items()})
+            new = {key: m for part in parts for key, m in part.items() if key not in self._programs}
         for key, microbatch in new.items():
             self._build(key, kind, training, microbatch)
 
@@ -131,8 +135,7 @@ class Runner:
         self._context.require_equal(captured.graph_hash, "graph", "pass batches of the same shapes on all ranks")
         self._keep(key, captured, stage_of)
 
-    def _program(self, kind: Kind, training: bool, microbatch: MicroBatch) -> Program:
-        key = self._key(kind, training, microbatch)
+    def _program(self, key: str) -> Program:
         self._programs[key] = self._programs.pop(key)  # the most recent stands last
         return self._programs[key]
 
@@ -175,10 +178,14 @@ class Runner:
         Raises:
             EngineError: a rank has failed.
         """
-        self._compare_calls(kind, training, share)
-        self._ensure(kind, training, share.microbatches)
-        programs = [self._program(kind, training, m) for m in share.microbatches]
-        for program in {id(p): p for p in programs}.values():
+        comparison = CallComparison(self._layout, kind, training, share.microbatches)
+        keys = self._keys(kind, training, share.microbatches)
+        if self._layout.data_parallel > 1 or any(key not in self._programs for key in keys):
+            self._finish(comparison)
+            self._ensure(kind, training, dict(zip(keys, share.microbatches, strict=True)))
+        programs = [self._program(key) for key in keys]
+        different = list({id(p): p for p in programs}.values())
+        for program in different:
             for module in program.modules.values():
                 set_mode(module, training, self._flags)
         step = Step(
@@ -195,28 +202,57 @@ class Runner:
             number=number,
             first_microbatch=share.first,
             loss_scale=loss_scale,
+            loss=None if kind == "predict" else self._loss_sum(programs),
         )
         runs = {s: StageRun(s, step) for s in self._layout.stages}
         if share.microbatches:
-            schedule = self._schedule(kind, _union([p.edges for p in programs]), len(share.microbatches))
-            self._execute(schedule, step, runs, reduce, stage_done)
+            schedule = self._schedule(kind, _union([p.edges for p in different]), len(share.microbatches))
+            self._execute(schedule, step, runs, reduce, stage_done, comparison)
         elif kind == "train":
             for stage in self._layout.stages:
                 stage_done(stage)
             for group, stages in enumerate(self._tie_groups):
                 if any(self._layout.is_mine(s) for s in stages):
                     reduce(group)
+        self._begin_transfers(comparison, step)
         return step, list(runs.values())
 
-    def _execute(self, schedule: Schedule, step: Step, runs: dict[int, StageRun], reduce: Any, stage_done: Any) -> None:
+    def _begin_transfers(self, comparison: CallComparison, step: Step) -> None:
+        """The ranks are known to make the same call; nothing new where it has been said before."""
+        self._finish(comparison)
+        if step.loss is not None:
+            step.loss.open()
+
+    def _loss_sum(self, programs: Sequence[Program]) -> LossSum:
+        mine = [p for p in programs if p.loss_stage is not None and self._layout.is_mine(p.loss_stage)]
+        return LossSum(self._context, len(mine))
+
+    def _finish(self, comparison: CallComparison) -> None:
+        try:
+            comparison.finish()
+        except RuntimeError as cause:
+            raise self.fail(self._layout.stages[0], "comparing the call with the other ranks", cause) from cause
+
+    def _execute(
+        self,
+        schedule: Schedule,
+        step: Step,
+        runs: dict[int, StageRun],
+        reduce: Any,
+        stage_done: Any,
+        comparison: CallComparison,
+    ) -> None:
+        actions = schedule.actions[self._layout.pipeline_rank]
         grad = contextlib.nullcontext() if step.training else torch.no_grad()
         try:
             with generators_kept(), grad, self._modes():
-                run_actions(schedule.actions[self._layout.pipeline_rank], runs, reduce, stage_done)
+                run_actions(actions, runs, reduce, stage_done, lambda: self._begin_transfers(comparison, step))
                 for run in runs.values():
                     run.finish()
         except ActionFailure as failure:
             raise self.fail(failure.stage, failure.phase, failure.cause) from failure.cause
+        except EngineError:  # of the comparison
+            raise
         except Exception as cause:
             raise self.fail(self._layout.stages[0], "the end of the step", cause) from cause
 
@@ -227,51 +263,19 @@ class Runner:
         self.broken = error
         return error
 
-    def _compare_calls(self, kind: Kind, training: bool, share: Share) -> None:
-        """Ranks that were given different calls or batches would wait for each other: the ranks of a replica compare a digest first."""
-        group = self._layout.pipeline_control
-        if group is None:
-            return
-        digest = zlib.crc32("|".join([kind, str(training), *(m.signature for m in share.microbatches)]).encode())
-        bounds = torch.tensor([digest, -digest])
-        try:
-            self._transport.all_reduce(bounds, dist.ReduceOp.MAX, group)
-        except RuntimeError as cause:
-            raise self.fail(self._layout.stages[0], "comparing the call with the other ranks", cause) from cause
-        if bounds[0] == -bounds[1]:
-            return
-        calls: list[Any] = [None] * self._layout.num_ranks
-        mine = (
-            kind,
-            [m.num_samples for m in share.microbatches],
-            share.microbatches[0].signature if share.microbatches else "",
-        )
-        dist.all_gather_object(calls, mine, group=group)
-        first = self._layout.rank_of(0)
-        other = next((r for r, c in enumerate(calls) if c != calls[0]), 0)
-        raise EngineError(
-            f"rank {first} calls {calls[0]}, rank {first + other} calls {calls[other]}",
-            expected="the same call with a batch of the same shape on every rank",
-            remedy="give every rank the same batch; seed the sampler of the data loader equally",
-        )
-
     def predicted(self, step: Step, microbatches: Sequence[MicroBatch]) -> Captured:
         """The captured graph of a prediction, which knows the output's structure; also on a replica without micro-batches."""
         if step.programs:
             return step.programs[0].captured
-        return self._program("predict", False, microbatches[0]).captured
+        return self._program(self._key("predict", False, microbatches[0])).captured
 
-    def share_loss(self, runs: Sequence[StageRun]) -> Tensor:
+    def share_loss(self, step: Step) -> Tensor:
         """The sum of the weighted losses over all stages and replicas, on every rank."""
-        loss = torch.zeros(())
-        for run in runs:
-            if run.loss is not None:
-                loss = loss + run.loss.to("cpu")
         try:
-            self._transport.all_reduce(loss)
+            assert step.loss is not None, "a prediction has no loss"
+            return step.loss.finish()
         except RuntimeError as cause:
             raise self.fail(self._layout.stages[0], "sharing the loss", cause) from cause
-        return loss
 
 
 def _flows(edges: Sequence[Edge], layout: Layout) -> list[tuple[int, int]]:

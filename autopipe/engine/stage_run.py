@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from autopipe.capture.seeding import RandomSource
+from autopipe.engine.agreement import LossSum
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
 from autopipe.engine.layout import Layout
-from autopipe.engine.programs import Program
+from autopipe.engine.programs import Message, Program, Route
 from autopipe.engine.split_backward import WeightGradients, input_gradients
 from autopipe.engine.transport import Flow, Handle, Transport
 from autopipe.schedule import Action
 from autopipe.stages import MODEL_INPUT
+
+NOTHING = Message((), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class Step:
         clock: times what runs.
         random, seed, number, first_microbatch: what random operations follow from: the run's seed, the step's number, and the
             place of this replica's first micro-batch in the whole batch.
+        loss: takes each micro-batch's share of the loss; None where no loss is asked for.
         loss_scale: losses are multiplied by it before the backward.
         local: tensors that go from one stage of this rank to another: (kind, from, to, micro-batch).
     """
@@ -50,6 +54,7 @@ class Step:
     seed: int
     number: int
     first_microbatch: int
+    loss: LossSum | None
     loss_scale: float = 1.0
     local: dict[tuple[str, int, int, int], list[Tensor]] = field(default_factory=dict)
 
@@ -74,13 +79,11 @@ class StageRun:
     Attributes:
         stage: the stage.
         step: what it shares with the other stages of its rank.
-        loss: the weighted sum of the losses so far, on the stage that makes the loss.
         results: the graph's outputs of each micro-batch that this stage holds, for `predict`.
     """
 
     stage: int
     step: Step
-    loss: Tensor | None = None
     results: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     _receiving: dict[Action, Handle] = field(default_factory=dict)
     _outgoing: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
@@ -93,16 +96,16 @@ class StageRun:
     def _flow(self, source: int, target: int) -> Flow:
         return self.step.layout.rank_of(source), self.step.layout.rank_of(target)
 
+    def _route(self, m: int) -> Route:
+        return self.step.programs[m].routes[self.stage]
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def receive(self, action: Action) -> None:
         """Posts a receive; the compute that needs it joins it."""
-        program = self.step.programs[action.microbatch]
-        if action.kind == "RECV_F":
-            message = program.forward_message(action.peer, self.stage)
-        else:
-            message = program.backward_message(self.stage, action.peer)
-        self._receiving[action] = self.step.transport.recv(self._flow(action.peer, self.stage), message)
+        route = self._route(action.microbatch)
+        due = (route.received if action.kind == "RECV_F" else route.gradients_received).get(action.peer, NOTHING)
+        self._receiving[action] = self.step.transport.recv(self._flow(action.peer, self.stage), due.tensors)
         self._drop_finished()
 
     def _arrived(self, kind: Any, m: int, source: int) -> list[Tensor] | None:
@@ -122,9 +125,8 @@ class StageRun:
         spec = program.specs[self.stage]
         given = self.step.microbatches[m].tensors(self.step.with_target)
         received: dict[str, Tensor] = {}
-        for source in sorted({i.source for i in spec.inputs} - {MODEL_INPUT}):
-            names = [i.name for i in spec.received_from(source)]
-            received |= dict(zip(names, self._arrived("RECV_F", m, source) or [], strict=True))
+        for source, message in self._route(m).received.items():
+            received.update(zip(message.names, self._arrived("RECV_F", m, source) or (), strict=True))
         inputs = [
             given[i.position]
             if i.source == MODEL_INPUT
@@ -145,14 +147,14 @@ class StageRun:
         if program.loss_stage == self.stage:
             assert program.captured.loss is not None
             loss = held.pop(program.captured.loss).float() * self.step.weights[m]
-            share = loss.detach()
-            self.loss = share if self.loss is None else self.loss + share
+            assert self.step.loss is not None
+            self.step.loss.add(loss.detach())
         if self.step.training:
             self._saved[m] = _Saved(inputs, outputs, loss)
         else:
             self.results[m] = held
-        for target in sorted({t for o in spec.outputs for t in o.targets}):
-            tensors = [outputs[i].detach() for i in spec.sent_to(target)]
+        for target, message in self._route(m).sent.items():
+            tensors = [outputs[i].detach() for i in message.places]
             if self.step.layout.is_mine(target):
                 self.step.local["RECV_F", self.stage, target, m] = tensors
             else:
@@ -161,11 +163,9 @@ class StageRun:
     def send_forward(self, action: Action) -> None:
         """Starts sending the activations that one later stage reads."""
         m = action.microbatch
-        tensors = self._outgoing.pop(
-            (m, action.peer), []
-        )  # none where only other micro-batches of the step use this edge
-        message = self.step.programs[m].forward_message(self.stage, action.peer)
-        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message)
+        message = self._route(m).sent.get(action.peer, NOTHING)  # none where only other micro-batches use this edge
+        tensors = self._outgoing.pop((m, action.peer), [])
+        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
         self._sending.setdefault(m, []).append((action.peer, handle))
 
     # -- backward -----------------------------------------------------------------------------------------------------
@@ -215,33 +215,34 @@ class StageRun:
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""
-        program, sums, answered = self.step.programs[m], dict[str, Tensor](), set[int]()
-        outputs = program.specs[self.stage].outputs
-        for target in sorted({t for o in outputs if o.gradient for t in o.targets}):
+        sums, answered = dict[str, Tensor](), set[int]()
+        for target, message in self._route(m).gradients_received.items():
             gradients = self._arrived("RECV_B", m, target)
             if gradients is None:
                 continue
             answered.add(target)
-            names = [i.name for i in program.specs[target].received_from(self.stage) if i.gradient]
-            for name, gradient in zip(names, gradients, strict=True):
+            for name, gradient in zip(message.names, gradients, strict=True):
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums, answered
 
     def _keep_gradients(self, m: int, gradients: Mapping[str, Tensor]) -> None:
-        spec = self.step.programs[m].specs[self.stage]
-        self._input_gradients[m] = dict(gradients)
-        for source in sorted({i.source for i in spec.inputs if i.gradient and self.step.layout.is_mine(i.source)}):
-            names = [i.name for i in spec.received_from(source) if i.gradient]
-            self.step.local["RECV_B", self.stage, source, m] = [self._input_gradients[m].pop(n) for n in names]
+        left = dict(gradients)
+        for source, message in self._route(m).gradients_sent.items():
+            if self.step.layout.is_mine(source):
+                self.step.local["RECV_B", self.stage, source, m] = [left.pop(n) for n in message.names]
+        if left:
+            self._input_gradients[m] = left
 
     def send_backward(self, action: Action) -> None:
         """Starts sending the gradients of what came from one earlier stage."""
         m = action.microbatch
-        program, gradients = self.step.programs[m], self._input_gradients[m]
-        names = [i.name for i in program.specs[self.stage].received_from(action.peer) if i.gradient]
-        message = program.backward_message(action.peer, self.stage)
-        tensors = [gradients.pop(n) for n in names]
-        self._gradients.append(self.step.transport.send(self._flow(self.stage, action.peer), tensors, message))
+        message = self._route(m).gradients_sent.get(action.peer, NOTHING)
+        gradients = self._input_gradients.get(m, {})
+        tensors = [gradients.pop(n) for n in message.names]
+        if not gradients:
+            self._input_gradients.pop(m, None)
+        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
+        self._gradients.append(handle)
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
