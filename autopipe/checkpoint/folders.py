@@ -9,10 +9,12 @@ DIRECTORY/.writing-step-…             one that is being written, or that a cra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,24 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             where=str(checkpoint / META),
             remedy="load a checkpoint that autopipe wrote",
         )
+    if meta.get("digest") != _digest(meta):
+        raise CheckpointError(
+            f"other text than was written, digest {meta.get('digest')!r:.40}",
+            expected="the digest that was written with it",
+            where=str(checkpoint / META),
+            remedy="load an earlier checkpoint: pass its step-… folder",
+        )
     return meta
+
+
+def sealed(meta: Mapping[str, Any]) -> str:
+    """The text of `meta.json`, with a digest of the rest in it."""
+    return json.dumps({**meta, "digest": _digest(meta)})
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def begin(root: Path, step: int) -> None:

@@ -63,9 +63,9 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a tensor."""
-    whole = tensor.detach().to("cpu").contiguous()
-    return zlib.crc32(as_bytes(whole).numpy().data) if whole.numel() else 0
+    """CRC-32 of the dtype, shape and bytes of a tensor."""
+    whole, start = tensor.detach().to("cpu").contiguous(), zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    return zlib.crc32(as_bytes(whole).numpy().data, start) if whole.numel() else start
 
 
 def expect_one_process() -> None:
@@ -100,6 +100,13 @@ class Reader:
         )
         self._checksums: dict[str, int] = self._field("checksums", dict)
         self.names: dict[str, str] = self._field("names", dict)
+        if self.stored.keys() != self._checksums.keys():
+            raise CheckpointError(
+                f"tensors {sorted(self.stored.keys() ^ self._checksums.keys())[:3]} in only one of {METADATA} and {META}",
+                expected="the same tensors in both",
+                where=str(checkpoint),
+                remedy=DAMAGED,
+            )
         seed = self._field("seed", (int, type(None)))
         client = self._field("client_state", dict)
         self.seed: int | None = seed
@@ -160,8 +167,9 @@ class _SafeReader(dcp.FileSystemReader):
         """What the checkpoint says about its tensors."""
         if not hasattr(self, "_metadata"):
             with open(Path(self.path) / METADATA, "rb") as file:
-                self._metadata = SafeUnpickler(file).load()
-            _check(self._metadata, Path(self.path))
+                found = SafeUnpickler(file).load()
+            _check(found, Path(self.path))
+            self._metadata = found
         if getattr(self._metadata, "storage_meta", None) is None:
             self._metadata.storage_meta = dcp.metadata.StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id

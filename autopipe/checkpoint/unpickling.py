@@ -18,8 +18,11 @@ _ALLOWED = {
 _ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Makes nothing but what `torch.distributed.checkpoint` writes about its tensors."""
+class SafeUnpickler(pickle._Unpickler):
+    """Makes nothing but what `torch.distributed.checkpoint` writes about its tensors.
+
+    It is the unpickler written in Python: the other allocates what a damaged file asks for.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of this name, where it is allowed."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autopipe.checkpoint.faults import named
 from autopipe.checkpoint.files import Stored
-from autopipe.checkpoint.folders import SCHEMA, begin, discard, publish, published, writing
+from autopipe.checkpoint.folders import SCHEMA, begin, discard, publish, published, sealed, writing
 from autopipe.checkpoint.tensors import expect_one_process, write_tensors
 from autopipe.errors import CheckpointError
 
@@ -78,7 +78,7 @@ def write(
     try:
         sums = ranks.agree(lambda: named(lambda: write_tensors(writing(root, step), tensors, ranks.group), root))
         checksums = {key: value for part in ranks.gather(sums) for key, value in part.items()}
-        text = json.dumps({"schema": SCHEMA, "step": step, **meta, "checksums": checksums})
+        text = sealed({"schema": SCHEMA, "step": step, **meta, "checksums": checksums})
         ranks.agree(lambda: named(lambda: publish(root, step, text, keep) if ranks.coordinator else None, root))
     except CheckpointError:
         if ranks.coordinator:

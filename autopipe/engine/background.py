@@ -14,6 +14,7 @@ from torch import Tensor
 
 import autopipe.checkpoint as checkpoint
 from autopipe.engine.context import Context
+from autopipe.errors import ConfigError
 
 
 class Saver:
@@ -40,6 +41,13 @@ class Saver:
         Raises:
             CheckpointError: it could not be written. Of one that is written beside training, `check` and `wait` tell.
         """
+        if not 0 <= step < 10**18:
+            raise ConfigError(
+                f"step = {step}",
+                expected="a whole number from 0 to 10**18",
+                where="save_checkpoint()",
+                remedy="number the checkpoints by training steps",
+            )
         fixed = self._context.agree(lambda: checkpoint.plain(meta, directory))
         if not asynchronous:
             return checkpoint.write(directory, step, tensors, fixed, ranks=_ranks(self._context), keep=keep)
