@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
-from benchmarks.durability.memory import one_rank
 from tests.gloo.launch import run_ranks
 from tests.gloo.models import make
 
@@ -44,17 +43,16 @@ def _train(on_meta: bool, options: dict[str, Any]) -> tuple[dict[str, Any], list
     return state, losses, with_data
 
 
-@pytest.mark.parametrize("source", ["safetensors", "torch", "state_dict"])
+@pytest.mark.parametrize("source", ["safetensors", "torch"])
 def test_a_model_on_meta_starts_from_pretrained_weights(source: str, tmp_path: Path) -> None:
     from safetensors.torch import save_model
 
     plain = make("gpt", 8)[0]
     whole, losses, _ = run_ranks(_train, 1, False, {})[0]
-    weights: Any = plain.state_dict()
     if source == "safetensors":  # which leaves tied names out
         save_model(plain, str(tmp_path / "model.safetensors"))
         weights = str(tmp_path)
-    elif source == "torch":
+    else:
         torch.save(plain.state_dict(), tmp_path / "model.pt")
         weights = str(tmp_path / "model.pt")
     for on_meta in (True, False) if source == "torch" else (True,):
@@ -133,9 +131,3 @@ def test_a_checkpoint_is_loaded_into_a_model_on_meta(tmp_path: Path) -> None:
         model = Bare()
     again = autopipe.pipeline(model, (x,), example_target=x, loss_fn=F.mse_loss, weights=tmp_path)
     assert torch.equal(again.state_dict()["scale"], first.state_dict()["scale"])
-
-
-def test_a_rank_holds_no_more_than_its_stage() -> None:
-    for row in run_ranks(one_rank, 3, 512, 6, None):
-        assert row["stage_bytes"] > 20e6
-        assert row["ratio"] <= 1.3
