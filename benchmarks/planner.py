@@ -1,4 +1,4 @@
-"""The planner against published partitioning problems, brute force, and graphs of 5,000 nodes.
+"""The planner against published partitioning problems, brute force, graphs of 5,000 nodes, and on captured models.
 
     OMP_NUM_THREADS=1 python benchmarks/planner.py                        # everything, a few minutes on one core
     OMP_NUM_THREADS=1 python benchmarks/planner.py --brute-force 500      # every assignment of small graphs, minutes
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import captured
 from brute_force import brute_force, summary
 from tabulate import tabulate
 
@@ -182,7 +183,7 @@ def long_unet(levels: int = 10, blocks: int = 24, seed: int = 0) -> Profile:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("published", "steps", "large"))
+    parser.add_argument("--only", choices=("published", "steps", "large", "captured", "recompute"))
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--workloads", type=Path, default=WORKLOADS)
     parser.add_argument("--time-budget-s", type=float, default=8.0)
@@ -202,6 +203,8 @@ def main() -> None:
         "published": (lambda: published(args.workloads, args.stages, args.time_budget_s)) if there else None,
         "steps": (lambda: steps(args.workloads, args.stages, args.time_budget_s / 4)) if there else None,
         "large": lambda: large(args.time_budget_s),
+        "captured": lambda: captured.plans(args.stages, args.time_budget_s / 4),
+        "recompute": lambda: captured.recompute(args.time_budget_s / 4),
     }
     results = {}
     for name, part in parts.items():

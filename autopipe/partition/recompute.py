@@ -35,9 +35,7 @@ REGION_US = 60.0
 
 
 def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGraph:
-    """The graph with the classes that a stage may choose from; `recompute` is one of `plan.RECOMPUTE`."""
-    if recompute == "none":
-        return graph
+    """The graph with the classes that a stage may choose from; `recompute` is `auto` or `full`."""
     memory = _Memory(profile)
     whole = _class(profile, graph, memory, memory.regions(np.inf, np.inf), at_once=True)
     if recompute == "full":
