@@ -19,6 +19,7 @@ from autopipe.engine.programs import Message, Program, Route
 from autopipe.engine.split_backward import WeightGradients, input_gradients
 from autopipe.engine.transport import Flow, Handle, Transport
 from autopipe.schedule import Action
+from autopipe.schedule.program import MAX_POSTED_RECEIVES
 from autopipe.stages import MODEL_INPUT
 
 NOTHING = Message((), ())
@@ -167,6 +168,7 @@ class StageRun:
         tensors = self._outgoing.pop((m, action.peer), [])
         handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
         self._sending.setdefault(m, []).append((action.peer, handle))
+        self._join_oldest()
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
@@ -243,6 +245,7 @@ class StageRun:
             self._input_gradients.pop(m, None)
         handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
         self._gradients.append(handle)
+        self._join_oldest()
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -253,6 +256,17 @@ class StageRun:
             self._sending[m] = [(target, h) for target, h in sends if not h.done()]
             if not self._sending[m]:
                 del self._sending[m]
+
+    def _join_oldest(self) -> None:
+        """Waits for the oldest of too many sends: gloo tells that a send is over only to those who wait for it.
+
+        The schedule was proved to be free of deadlock also if every send blocks until it is received.
+        """
+        while len(self._gradients) > MAX_POSTED_RECEIVES:
+            self._gradients.pop(0).join()
+        while len(self._sending) > self.step.layout.num_stages + MAX_POSTED_RECEIVES:
+            for _, handle in self._sending.pop(next(iter(self._sending))):
+                handle.join()
 
     def finish(self) -> None:
         """Joins what is still on its way."""
