@@ -14,8 +14,6 @@ from typing import Any, Self
 from autopipe.errors import PlanError
 from profiler.records import LinkProfile, read_json
 
-MAX_NUMBER = 2**63
-"""No time, size or count in a file is as large."""
 PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
 RUNNABLE = (*SCHEDULES, "interleaved", "zb-h1")
@@ -36,7 +34,10 @@ class StagePlan:
         first_module, last_module: FQN of the submodules in which its first and last node stand.
         forward_us, backward_us: compute time of one micro-batch, recompute included.
         send_bytes, recv_bytes: forward activations that leave and enter it, once for each stage that reads them.
-        peak_bytes: the most memory that it holds: parameters, gradients, optimizer state, activations in flight, workspace.
+        peak_bytes: the memory that it needs: parameters, gradients, optimizer state, activations in flight, workspace; what a
+            memory limit is compared with.
+        expected_peak_bytes: the most that it holds at one time, going through its actions one by one: what a run is compared
+            with; 0 where it is not known.
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
         recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed again in
             the backward up to the last tensor that is kept.
@@ -52,6 +53,7 @@ class StagePlan:
     send_bytes: int = 0
     recv_bytes: int = 0
     peak_bytes: int = 0
+    expected_peak_bytes: int = 0
     param_bytes: int = 0
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
@@ -245,10 +247,7 @@ def _record(cls: type[Any], data: Any, where: str) -> Any:
             value = _regions(value, f"{where}.{name}")
         elif kind in ("int", "float"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            finite = number and 0 <= value < MAX_NUMBER
-            if not finite and not (number and kind == "float" and value == math.inf):
-                raise _bad(f"{value!r:.60}", f"{kind}, not negative", f"{where}.{name}")
-            if kind == "int" and value != int(value):
+            if not number or value < 0 or math.isnan(value) or (kind == "int" and value != int(value)):
                 raise _bad(f"{value!r}", f"{kind}, not negative", f"{where}.{name}")
             value = int(value) if kind == "int" else value
         elif kind in ("str", "bool") and type(value).__name__ != kind:

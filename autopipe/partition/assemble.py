@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, IntArray, StageCosts
+from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts
 from autopipe.partition import baselines
 from autopipe.partition.memory import MemoryModel, StageMemory, received_bytes, run_costs, stage_memory
+from autopipe.partition.peak import expected_peak_bytes
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import Baseline, Plan, StagePlan, Transfer
 from profiler.records import Profile
@@ -57,7 +58,9 @@ def assemble(
         graph_hash=profile.graph_hash,
         num_stages=K,
         num_microbatches=run.num_microbatches,
-        stages=_stages(profile, graph, stage_of, costs, memory),
+        stages=_stages(
+            profile, graph, stage_of, costs, memory, expected_peak_bytes(graph, run.memory, memory, costs, stage_of)
+        ),
         transfers=_transfers(graph, stage_of),
         data_parallel=run.data_parallel,
         schedule=run.schedule,
@@ -105,7 +108,12 @@ def _figures(name: str, graph: CostGraph, stage_of: IntArray, run: Run) -> Basel
 
 
 def _stages(
-    profile: Profile, graph: CostGraph, stage_of: IntArray, costs: StageCosts, memory: StageMemory
+    profile: Profile,
+    graph: CostGraph,
+    stage_of: IntArray,
+    costs: StageCosts,
+    memory: StageMemory,
+    expected: FloatArray,
 ) -> tuple[StagePlan, ...]:
     of_profile_node = stage_of[graph.node_of()]
     received = received_bytes(graph, stage_of, len(costs.forward_us))
@@ -125,6 +133,7 @@ def _stages(
                 send_bytes=round(sent[k]),
                 recv_bytes=round(received[k]),
                 peak_bytes=math.ceil(memory.peak_bytes[k]),
+                expected_peak_bytes=math.ceil(expected[k]),
                 param_bytes=math.ceil(memory.param_bytes[k]),
                 gradient_bytes=math.ceil(memory.gradient_bytes[k]),
                 optimizer_bytes=math.ceil(memory.optimizer_bytes[k]),

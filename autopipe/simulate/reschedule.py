@@ -71,7 +71,7 @@ def rescheduled(plan: Plan, schedule: str, *, num_ranks: int | None = None) -> P
     for stage, old, new in zip(plan.stages, before, after, strict=True):
         activations = stage.activation_bytes // old * new
         peak = stage.peak_bytes - stage.activation_bytes + activations
-        stages.append(dataclasses.replace(stage, activation_bytes=activations, peak_bytes=peak))
+        stages.append(dataclasses.replace(stage, activation_bytes=activations, peak_bytes=peak, expected_peak_bytes=0))
     timeline = simulate_schedule(plan_schedule(plan, schedule=schedule, num_ranks=ranks), plan_costs(plan))
     unknown: dict[str, Any] = {"lower_bound_us": 0.0, "proved": False}
     return dataclasses.replace(
