@@ -4,7 +4,7 @@ from profiler.analytic import estimate
 from profiler.api import profile
 from profiler.errors import ProfileError
 from profiler.links import measure_link
-from profiler.records import DeviceSpec, LinkProfile, NodeProfile, ParameterProfile, Profile
+from profiler.records import DeviceSpec, LinkProfile, NodeProfile, ParameterProfile, Profile, SegmentProfile
 
 __all__ = [
     "DeviceSpec",
@@ -13,6 +13,7 @@ __all__ = [
     "ParameterProfile",
     "Profile",
     "ProfileError",
+    "SegmentProfile",
     "estimate",
     "measure_link",
     "profile",

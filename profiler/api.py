@@ -13,16 +13,19 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from profiler.cache import DiskRecords, cache_dir
-from profiler.calibrate import residual_of
+from profiler.calibrate import calibrated, measured_segments
 from profiler.errors import ProfileError
 from profiler.graph import compute_inputs, compute_nodes, module_of
 from profiler.inputs import device_name, dtype_name, find_device, input_values, microbatch_size, place
 from profiler.nodes import NodeTimer
-from profiler.records import NodeProfile, Profile
+from profiler.records import NodeProfile, Profile, SegmentProfile
 from profiler.state import preserved
 from profiler.tensors import ModelTensors
 from profiler.values import Value
 from profiler.walk import Visit, Walk
+
+CALIBRATION_S = 2.0
+"""Segments are measured for at least this long, also where the nodes are known."""
 
 
 def profile(
@@ -38,6 +41,7 @@ def profile(
     calibrate: bool = True,
     names: Mapping[str, str] | None = None,
     graph_hash: str = "",
+    num_together: int = 1,
 ) -> Profile:
     """Measures every compute node of a graph on the device that will run it.
 
@@ -54,10 +58,12 @@ def profile(
         budget_s: stop repeating, though not measuring, after this many seconds; the spread reached is in the profile.
         progress: a progress bar on stderr, where that is a terminal.
         cache: read and write measurements of earlier runs on this device (see `profiler.cache`).
-        calibrate: time a few contiguous segments too, and keep their time over that of their nodes as the `residual`; takes
-            up to half of the time that the nodes took.
+        calibrate: time a few contiguous segments too, as a stage runs them, and multiply the times of their nodes by what
+            these, by themselves, miss; takes two seconds, or half of the time that the nodes took.
         names: for parameters and buffers with several names, the one to report (optional; otherwise the first).
         graph_hash: copied into the profile.
+        num_together: processes of this host that call this at the same time, as the ranks of a run do; a cached measurement
+            holds for that number alone.
 
     Returns:
         The profile; times in microseconds, sizes in bytes, for one micro-batch.
@@ -83,14 +89,17 @@ def profile(
     with preserved(graph_module, where), torch.set_grad_enabled(train), bar:
         tensors = ModelTensors(graph_module, where, names)
         timer = NodeTimer(where, relative_error)
-        records = DiskRecords(where, relative_error, cache_dir() if cache else None)
+        records = DiskRecords(where, relative_error, cache_dir() if cache else None, num_together)
         start = time.perf_counter()
         measured, made_up = _measure(graph_module, inputs, where, timer, budget_s, tensors, records, bar)
-        residual = 1.0
+        segments: list[SegmentProfile] = []
         if calibrate:
             # Half of what the nodes took: independent of the depth of the graph, as their time is.
-            spare_s = min(budget_s, time.perf_counter() - start) / 2
-            residual = residual_of(graph_module, inputs, where, tensors, timer, records, measured, spare_s, made_up)
+            spare_s = max(CALIBRATION_S, min(budget_s, time.perf_counter() - start) / 2)
+            segments = measured_segments(
+                graph_module, inputs, where, tensors, timer, records, measured, spare_s, made_up
+            )
+            measured = calibrated(graph_module.graph, measured, segments)
     return Profile(
         nodes=tuple(measured),
         device=device_name(where),
@@ -98,7 +107,7 @@ def profile(
         torch=torch.__version__,
         microbatch_size=microbatch_size(inputs),
         parameters=tensors.profiles(),
-        residual=residual,
+        segments=tuple(segments),
         graph_hash=graph_hash,
     )
 

@@ -65,11 +65,13 @@ class DiskRecords:
         device: where nodes are measured.
         relative_error: that of the profile.
         folder: where entries are; None for memory only.
+        num_together: processes of this host that measure at the same time.
     """
 
-    def __init__(self, device: torch.device, relative_error: float, folder: Path | None) -> None:
+    def __init__(self, device: torch.device, relative_error: float, folder: Path | None, num_together: int = 1) -> None:
         self._records: dict[str, Record] = {}
-        self._environment, self._relative_error = environment(device), relative_error
+        self._environment = {**environment(device), "processes": num_together}
+        self._relative_error = relative_error
         self._folder = folder
 
     def get(self, signature: Signature) -> Record | None:

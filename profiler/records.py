@@ -70,6 +70,26 @@ class ParameterProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentProfile:
+    """A contiguous part of the graph that was run as a stage runs it, and the sums of its nodes when each is run by itself.
+
+    The times of its nodes in the profile are their own times, multiplied by what was measured over these sums.
+
+    Attributes:
+        first, last: names of its first and last node.
+        forward_us, backward_us: as measured.
+        nodes_forward_us, nodes_backward_us: sums over its nodes.
+    """
+
+    first: str
+    last: str
+    forward_us: float
+    backward_us: float
+    nodes_forward_us: float
+    nodes_backward_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
     """A link between two ranks: a message of b bytes takes `latency_us + b / bytes_per_us` microseconds.
 
@@ -121,7 +141,8 @@ class Profile:
         microbatch_size: number of samples in the micro-batch that was run.
         parameters: size of each parameter and buffer by name; where it is empty the bytes of a node are split evenly over its names.
         link: the link between ranks, where it was measured.
-        residual: measured time of contiguous segments over the sum of their nodes (1: nothing missed).
+        residual: factor that is still to be applied to every time; 1 where the times are those within the graph, as after calibration.
+        segments: what the times of the nodes were calibrated with.
         graph_hash: identifies the graph that was profiled.
     """
 
@@ -133,6 +154,7 @@ class Profile:
     parameters: Mapping[str, ParameterProfile] = dataclasses.field(default_factory=dict)
     link: LinkProfile | None = None
     residual: float = 1.0
+    segments: tuple[SegmentProfile, ...] = ()
     graph_hash: str = ""
 
     def __post_init__(self) -> None:
@@ -162,23 +184,9 @@ class Profile:
                 where="schema",
                 remedy="profile the model again with this version",
             )
-        nodes = data.get("nodes")
-        if not isinstance(nodes, list):
-            raise ProfileError(
-                "no list of nodes",
-                expected="a list",
-                where="nodes",
-                remedy="write the profile with `autopipe profile -o FILE`",
-            )
-        known = {f.name for f in dataclasses.fields(cls)} - {"nodes", "parameters", "link"}
+        nodes = _list(data.get("nodes"), "nodes")
+        known = {f.name for f in dataclasses.fields(cls)} - {"nodes", "parameters", "link", "segments"}
         parameters = data.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise ProfileError(
-                f"parameters of type {type(parameters).__name__}",
-                expected="a JSON object",
-                where="parameters",
-                remedy="write the profile with `autopipe profile -o FILE`",
-            )
         link = data.get("link")
         return cls(
             nodes=tuple(
@@ -186,6 +194,10 @@ class Profile:
                 for i, n in enumerate(nodes)
             ),
             parameters={k: _record(ParameterProfile, v, f"parameters[{k}]", ("bytes",)) for k, v in parameters.items()},
+            segments=tuple(
+                _record(SegmentProfile, s, f"segments[{i}]", [f.name for f in dataclasses.fields(SegmentProfile)])
+                for i, s in enumerate(_list(data.get("segments", []), "segments"))
+            ),
             link=None if link is None else _record(LinkProfile, link, "link", ("latency_us", "bytes_per_us")),
             **{k: data[k] for k in known & data.keys()},
         )
@@ -214,8 +226,17 @@ def read_json(path: str | Path, error: type[ProfileError] | type[Any], remedy: s
         raise error(f"{str(path)!r} is not JSON: {cause}", remedy=remedy) from None
 
 
-MAX_NUMBER = 2**63
-"""No time, size or count in a file is as large."""
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ProfileError(
+            f"no list of {where}",
+            expected="a list",
+            where=where,
+            remedy="write the profile with `autopipe profile -o FILE`",
+        )
+    return value
+
+
 _KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
 
 
@@ -247,10 +268,9 @@ def _record(cls: type[Any], data: Any, where: str, required: Iterable[str]) -> A
             if kind == "int" and isinstance(value, float) and value.is_integer():
                 value = int(value)
             ok = isinstance(value, _KINDS[kind]) and not (kind in ("int", "float") and isinstance(value, bool))
-            ok = ok and not (isinstance(value, int) and abs(value) >= MAX_NUMBER)
         if not ok:
             raise ProfileError(
-                f"{value!r:.60}", expected=kind, where=f"{where}.{field.name}", remedy="correct the value in the file"
+                f"{value!r}", expected=kind, where=f"{where}.{field.name}", remedy="correct the value in the file"
             )
         values[field.name] = value
     if cls is NodeProfile and "saved_bytes" not in data:
@@ -276,9 +296,8 @@ def _validate(profile: Profile) -> None:
         "residual": "float",
     }
     for name, kind in kinds.items():
-        value = getattr(profile, name)
-        if not isinstance(value, _KINDS[kind]) or (isinstance(value, int) and abs(value) >= MAX_NUMBER):
-            raise bad(f"{value!r:.60}", kind, name)
+        if not isinstance(getattr(profile, name), _KINDS[kind]):
+            raise bad(f"{getattr(profile, name)!r}", kind, name)
     if not profile.nodes:
         raise bad("an empty list", "at least one node", "nodes")
     if profile.microbatch_size < 1:
@@ -316,6 +335,13 @@ def _validate(profile: Profile) -> None:
     for name, parameter in profile.parameters.items():
         if parameter.bytes < 0:
             raise bad(f"{parameter.bytes}", "a number that is not negative", f"parameters[{name}].bytes")
+    for i, segment in enumerate(profile.segments):
+        for name in (segment.first, segment.last):
+            if name not in index:
+                raise bad(f"{name!r}", "the name of a node of this profile", f"segments[{i}]")
+        times = (segment.forward_us, segment.backward_us, segment.nodes_forward_us, segment.nodes_backward_us)
+        if not all(math.isfinite(t) and t >= 0 for t in times):
+            raise bad(f"{times}", "numbers that are not negative", f"segments[{i}]")
     link = profile.link
     if link is not None and not (link.latency_us >= 0 and link.bytes_per_us > 0 and 0 <= link.overlap <= 1):
         raise bad(f"{link}", "latency_us >= 0, bytes_per_us > 0, 0 <= overlap <= 1", "link")

@@ -1,12 +1,13 @@
 """What the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and compared with it.
 
-A node that is timed by itself finds its inputs in the cache, starts from Python each time, and never adds up the gradients
-of a value with several readers. A segment shows the sum of these effects; the ratio is the `residual` of the profile.
+A node that is timed by itself finds its inputs in the cache and its memory at hand, starts from Python each time, and never
+adds up the gradients of a value with several readers. A segment shows the sum of these effects.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from profiler.records import NodeProfile
 from profiler.state import preserved_modes, swapped
 from profiler.tensors import ModelTensors
 
-NUM_SEGMENTS, NUM_REPEATS = 3, 7
+NUM_SEGMENTS, NUM_REPEATS = 4, 8
+IN_FLIGHT = 2
+"""Micro-batches whose activations are held at once, as on a stage: fresh memory is slower than memory that was just released."""
 MAX_SEGMENT_BYTES = 2**30
 """A segment holds at most this much, parameters and activations together, so that models larger than the device work."""
 
@@ -34,20 +37,18 @@ class Segment:
     Attributes:
         nodes: its nodes, those that name parameters and switch modes included.
         inputs: the nodes outside whose values it reads.
-        nodes_us: forward and backward of its nodes, by themselves.
     """
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
-    nodes_us: float
 
 
 def choose_segments(graph: fx.Graph, profiles: Sequence[NodeProfile], budget_s: float) -> list[Segment]:
-    """Up to three segments that begin at a third of the time each, as long as time and memory allow."""
+    """Up to four segments that begin at a quarter of the time each, as long as time and memory allow."""
     costs = {p.name: p for p in profiles}
     order = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     total_us = sum(p.forward_us + p.backward_us for p in profiles)
-    limit_us = min(total_us / NUM_SEGMENTS, budget_s * 1e6 / (NUM_SEGMENTS * (NUM_REPEATS + 1)))
+    limit_us = min(total_us / NUM_SEGMENTS, budget_s * 1e6 / (NUM_SEGMENTS * (NUM_REPEATS + IN_FLIGHT)))
     starts: list[int] = []
     seen_us = 0.0
     for i, node in enumerate(order):
@@ -56,7 +57,7 @@ def choose_segments(graph: fx.Graph, profiles: Sequence[NodeProfile], budget_s: 
         seen_us += _time_us(costs.get(node.name))
     ends = [*starts[1:], len(order)]
     parts = [_taken(order[a:b], costs, limit_us) for a, b in zip(starts, ends, strict=True)]
-    return [_segment(nodes, costs) for nodes in parts if any(is_compute(n) for n in nodes)]
+    return [_segment(nodes) for nodes in parts if any(is_compute(n) for n in nodes)]
 
 
 def _time_us(cost: NodeProfile | None) -> float:
@@ -69,7 +70,7 @@ def _taken(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile], limit_us:
     time_us, held = 0.0, 0
     for node in nodes:
         cost = costs.get(node.name)
-        held += cost.saved_bytes + cost.output_bytes + 2 * cost.param_bytes if cost else 0
+        held += IN_FLIGHT * (cost.saved_bytes + cost.output_bytes) + 2 * cost.param_bytes if cost else 0
         leaves_region = is_region(node) and any(n not in taken for n in node.all_input_nodes)
         if leaves_region or (time_us > 0 and (time_us >= limit_us or held > MAX_SEGMENT_BYTES)):
             break
@@ -78,10 +79,10 @@ def _taken(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile], limit_us:
     return taken
 
 
-def _segment(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile]) -> Segment:
+def _segment(nodes: Sequence[fx.Node]) -> Segment:
     inside = set(nodes)
     read = dict.fromkeys(source for n in nodes for source in n.all_input_nodes if source not in inside)
-    return Segment(nodes=tuple(nodes), inputs=tuple(read), nodes_us=sum(_time_us(costs.get(n.name)) for n in nodes))
+    return Segment(nodes=tuple(nodes), inputs=tuple(read))
 
 
 def segment_module(model: fx.GraphModule, segment: Segment) -> fx.GraphModule:
@@ -102,7 +103,7 @@ def segment_module(model: fx.GraphModule, segment: Segment) -> fx.GraphModule:
 
 
 class SegmentTimer:
-    """Times segments: one forward that keeps the autograd graph, then one backward.
+    """Times segments as a stage runs them: the forward of a micro-batch, then the backward of the one before it.
 
     Args:
         model: the graph module.
@@ -115,8 +116,8 @@ class SegmentTimer:
         self._model, self._tensors, self._clock = model, tensors, clock
         self._backward_start_us = backward_start_us
 
-    def measure_us(self, segment: Segment, values: Sequence[Any]) -> float:
-        """Median time of forward + backward.
+    def measure_us(self, segment: Segment, values: Sequence[Any]) -> tuple[float, float]:
+        """Median times of forward and of backward.
 
         Args:
             segment: the segment.
@@ -129,38 +130,38 @@ class SegmentTimer:
         inputs = [pytree.tree_map_only(Tensor, _leaf, v) for v in values]
         leaves = [t for t in {id(t): t for t in (*tensors_in(inputs), *own.values())}.values() if t.requires_grad]
         totals = [torch.zeros_like(t) if any(t is o for o in own.values()) else None for t in leaves]
-        grads: list[Tensor] = []
-        times = []
+        waiting: deque[list[Tensor]] = deque()
+        forward, backward = list[float](), list[float]()
         with swapped(module, own):
-            for _ in range(NUM_REPEATS + 1):
-                times.append(self._run_us(module, inputs, leaves, totals, grads))
-        return statistics.median(times[1:])
+            for i in range(NUM_REPEATS + IN_FLIGHT):
+                forward_us, outputs = self._forward(module, inputs)
+                waiting.append(outputs)
+                is_warm = i >= IN_FLIGHT
+                if len(waiting) == IN_FLIGHT:
+                    backward_us = self._backward(waiting.popleft(), leaves, totals)
+                    backward += [backward_us] if is_warm else []
+                forward += [forward_us] if is_warm else []
+        return statistics.median(forward), statistics.median(backward)
 
-    def _run_us(
-        self,
-        module: fx.GraphModule,
-        inputs: Sequence[Any],
-        leaves: Sequence[Tensor],
-        totals: Sequence[Tensor | None],
-        grads: list[Tensor],
-    ) -> float:
+    def _forward(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[float, list[Tensor]]:
         with preserved_modes():
             # Clones: a segment may write to what it is given.
             args = pytree.tree_map_only(Tensor, torch.clone, list(inputs))
             start = self._clock.mark()
             result = module(*args)
-            forward_us = self._clock.elapsed_us(start, self._clock.mark())
-        outputs = [t for t in {id(t): t for t in tensors_in(result)}.values() if t.requires_grad]
-        del result
+            time_us = self._clock.elapsed_us(start, self._clock.mark())
+        return time_us, [t for t in {id(t): t for t in tensors_in(result)}.values() if t.requires_grad]
+
+    def _backward(self, outputs: list[Tensor], leaves: Sequence[Tensor], totals: Sequence[Tensor | None]) -> float:
         if not outputs or not leaves:
-            return forward_us
-        grads[:] = grads or [torch.randn_like(o) for o in outputs]
+            return 0.0
+        grads = [torch.randn_like(o) for o in outputs]
         start = self._clock.mark()
         found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
         for grad, total in zip(found, totals, strict=True):
             if grad is not None and total is not None:
                 total.add_(grad)
-        return forward_us + max(0.0, self._clock.elapsed_us(start, self._clock.mark()) - self._backward_start_us)
+        return max(0.0, self._clock.elapsed_us(start, self._clock.mark()) - self._backward_start_us)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

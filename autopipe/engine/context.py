@@ -32,6 +32,11 @@ class Context:
     control: Any = None
     owns_world: bool = False
 
+    @property
+    def num_local(self) -> int:
+        """The processes of the launch on this host; all of them where the launcher does not say."""
+        return min(int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)), self.world_size)
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank, on every rank."""
         if self.control is None:

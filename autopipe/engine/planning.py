@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import profiler
 from autopipe.capture import Captured
@@ -20,7 +21,7 @@ from autopipe.errors import ConfigError, PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
 from autopipe.simulate import fastest_schedule, rescheduled
-from profiler.records import LinkProfile
+from profiler.records import LinkProfile, Profile
 
 
 def shape_of(config: PipelineConfig, context: Context) -> tuple[int, int]:
@@ -83,18 +84,9 @@ def make_plan(
             remedy=f"launch at most {len(captured.nodes)} processes",
         )
     link = _measured_link(context, layout)
-
-    def measure_and_cut() -> Plan:
-        tensors = microbatch.tensors(config.loss_fn is not None)
-        with precision_context(config, context.device)():
-            profile = profiler.profile(
-                captured.graph_module,
-                [t.to(context.device) for t in tensors],
-                device=context.device,
-                names=dict(captured.names),
-                graph_hash=captured.graph_hash,
-            )
-        return partition(
+    profile = profiled(captured, microbatch.tensors(config.loss_fn is not None), context, config)
+    plan = context.once(
+        lambda: partition(
             profile,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
@@ -107,14 +99,35 @@ def make_plan(
             split_points=list(config.split_points) if config.split_points is not None else None,
             constraints=config.constraints,
         )
-
-    plan = context.once(measure_and_cut)
+    )
     if layout.num_ranks < num_stages:
         return rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
     if config.schedule != "auto":
         return rescheduled(plan, config.schedule)
     undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
     return fastest_schedule(plan, schedules=["1f1b"] if undivided else None)
+
+
+def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, config: PipelineConfig) -> Profile:
+    """The profile of a captured graph as rank 0 measures it, on the tensors of a micro-batch, under the run's precision. Collective.
+
+    On a CPU the ranks share caches and memory: all measure at once, so that rank 0 finds the machine as busy as it is in training.
+    """
+    together = context.device.type == "cpu"
+
+    def measured() -> Profile:
+        with precision_context(config, context.device)():
+            return profiler.profile(
+                captured.graph_module,
+                [t.to(context.device) for t in tensors],
+                device=context.device,
+                progress=context.rank == 0,
+                names=dict(captured.names),
+                graph_hash=captured.graph_hash,
+                num_together=context.num_local if together else 1,
+            )
+
+    return context.gather(context.agree(measured))[0] if together else context.once(measured)
 
 
 def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
