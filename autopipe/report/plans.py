@@ -23,6 +23,7 @@ STAGE_COLUMNS = (
     Column(name="% of limit", decimals=1),
     Column(name="forward ms", decimals=2),
     Column(name="backward ms", decimals=2),
+    Column(name="nodes run again"),
     Column(name="send MiB", decimals=2),
     Column(name="load %"),
 )
@@ -108,6 +109,7 @@ def stage_table(plan: Plan) -> Table:
                 limit,
                 stage.forward_us / 1e3,
                 stage.backward_us / 1e3,
+                sum(map(len, stage.recompute)) or None,
                 stage.send_bytes / MIB,
                 100 * load,
             )
