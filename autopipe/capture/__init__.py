@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,7 @@ def capture(
         CaptureError: no way works, or the graph does not compute what the model computes. The message names module, file and line.
     """
     call = Call(args=tuple(args), kwargs=dict(kwargs or {}), loss_fn=loss_fn, target=target)
+    _check_signature(model, call)
     on_meta = any(p.device.type == "meta" for p in model.parameters())
     ways = recordings(model, call, on_meta)
     wrong: CaptureError | None = None
@@ -60,6 +62,23 @@ def capture(
             wrong = wrong or cause
         else:
             return captured
+
+
+def _check_signature(model: nn.Module, call: Call) -> None:
+    """Raises a CaptureError where `forward` cannot be called with these arguments at all."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a forward without a signature, such as a scripted one
+        return
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as misfit:
+        raise CaptureError(
+            f"{type(model).__name__}.forward() called with {len(call.args)} arguments and the keywords {sorted(call.kwargs)}: {misfit}",
+            expected=f"arguments that fit {signature}",
+            where=_source(model),
+            remedy="pass the batch in the way in which the model takes it",
+        ) from None
 
 
 class _seeded_for_capture:

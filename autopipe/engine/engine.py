@@ -59,7 +59,7 @@ class Engine(IteratorFront):
 
         Args:
             args, kwargs: the batch, as the model takes it; tensors whose first dimension is the batch size are split.
-            target: goes to `loss_fn(output, target)`.
+            target: goes to `loss_fn(output, target)`; without a `loss_fn` to the model, as an argument of that name.
 
         Returns:
             The mean loss over the batch, a float32 scalar on the CPU, the same on every rank.
@@ -244,6 +244,8 @@ class Engine(IteratorFront):
 
     def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
         """The micro-batches of a call: of all replicas where they share the batch."""
+        if self._config.loss_fn is None and target is not None:
+            kwargs, target = {**kwargs, "target": target}, None
         replicas = self._layout.data_parallel if self._config.shard_batch else 1
         return split(args, kwargs, target, self._num_microbatches * replicas)
 

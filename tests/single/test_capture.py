@@ -247,6 +247,11 @@ def test_a_refusal_names_module_file_and_line() -> None:
         autopipe.capture(model, (torch.randn(3, 4),))
 
 
+def test_arguments_that_do_not_fit_forward_are_told_so() -> None:
+    with pytest.raises(autopipe.CaptureError, match=r"Escapes.forward\(\).*'y'.*\(x: .*\).*test_capture.py:\d+"):
+        autopipe.capture(Escapes(), (torch.randn(3, 4),), {"y": 1})
+
+
 def test_another_call_is_refused() -> None:
     captured = autopipe.capture(ReturnsDataclass(), (torch.randn(3, 4),), {"scale": 0.5})
     with pytest.raises(autopipe.CaptureError, match=r"scale = 2\.0"):

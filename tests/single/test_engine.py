@@ -150,3 +150,22 @@ def test_compiled_stages_give_the_plain_gradients() -> None:
     F.mse_loss(plain(x), target).backward()
     for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), n
+
+
+class TakesTarget(nn.Module):
+    """Has an argument of the name that `train_batch` gives to a loss function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.layer(x), target)
+
+
+def test_without_a_loss_function_the_target_is_the_models() -> None:
+    model, x, target = TakesTarget(), torch.randn(4, 4), torch.randn(4, 4)
+    engine = autopipe.pipeline(model, num_microbatches=2)
+    assert float(engine.train_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
+    assert float(engine.eval_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
+    engine.close()
