@@ -98,7 +98,11 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
         "--num-microbatches", type=_count, metavar="M", help="micro-batches that a batch is split into"
     )
     if measured:
-        command.add_argument("--device", metavar="DEVICE", help="where to measure: cpu, cuda, cuda:1")
+        command.add_argument(
+            "--device",
+            metavar="DEVICE",
+            help="where to measure: cpu, cuda, cuda:1; or what to estimate: h100, h200, a100, l40s, mi300x",
+        )
 
 
 def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> None:

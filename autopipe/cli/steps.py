@@ -17,7 +17,8 @@ from autopipe.errors import ConfigError
 from autopipe.partition import Constraints, partition
 from autopipe.partition.request import MICROBATCHES_PER_STAGE
 from autopipe.plan import Plan
-from profiler import profile
+from profiler import estimate, profile
+from profiler.devices import DEVICES
 from profiler.records import Profile
 
 
@@ -72,14 +73,16 @@ def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBa
         captured = captured.loss_only()  # what training runs: outputs beside the loss are not computed
     if captured.opaque and not options.quiet:
         print(captured.report(), file=sys.stderr)
-    return profile(
-        captured.graph_module,
-        captured.flatten(microbatch.args, microbatch.kwargs),
-        device=options.device,
-        progress=not options.quiet,
-        names=captured.names,
-        graph_hash=captured.graph_hash,
-    )
+    values = captured.flatten(microbatch.args, microbatch.kwargs)
+    given = {"names": captured.names, "graph_hash": captured.graph_hash}
+    if _is_estimated(options.device):
+        return estimate(captured.graph_module, values, device=options.device, **given)
+    return profile(captured.graph_module, values, device=options.device, progress=not options.quiet, **given)
+
+
+def _is_estimated(device: str | None) -> bool:
+    """Whether a device is asked for by the name of a product: its times are estimated, wherever the command runs."""
+    return device in DEVICES and device != "cpu"
 
 
 def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatches: int) -> Plan:
@@ -103,7 +106,9 @@ def _partitioned(options: argparse.Namespace, measured: Profile, num_microbatche
 
 
 def _device_memory_bytes(options: argparse.Namespace) -> int | None:
-    """The memory of the GPU that was measured; None on a CPU, and for a profile from a file."""
+    """The memory of the GPU that was measured or estimated; None on a CPU, and for a profile from a file."""
+    if options.model is not None and _is_estimated(options.device):
+        return DEVICES[options.device].memory_bytes
     if options.model is None or options.device is None or torch.device(options.device).type != "cuda":
         return None
     return int(torch.cuda.get_device_properties(torch.device(options.device)).total_memory)
