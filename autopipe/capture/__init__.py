@@ -13,6 +13,7 @@ from torch import nn
 from autopipe.capture.captured import Captured
 from autopipe.capture.chain import recordings
 from autopipe.capture.loss import LossFunction
+from autopipe.capture.places import source_of
 from autopipe.capture.selfcheck import preserved_state, self_check
 from autopipe.capture.trace import Call
 from autopipe.errors import CaptureError
@@ -76,7 +77,7 @@ def _check_signature(model: nn.Module, call: Call) -> None:
         raise CaptureError(
             f"{type(model).__name__}.forward() called with {len(call.args)} arguments and the keywords {sorted(call.kwargs)}: {misfit}",
             expected=f"arguments that fit {signature}",
-            where=_source(model),
+            where=source_of(model, ""),
             remedy="pass the batch in the way in which the model takes it",
         ) from None
 

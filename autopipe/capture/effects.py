@@ -40,11 +40,17 @@ class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.drawn = True
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
             self.shaped_by_values = True
         if torch.Tag.data_dependent_output in func.tags:
             self.read = True
         return func(*args, **(kwargs or {}))
+
+
+def _indexes_by_numbers(func: Any, args: Any) -> bool:
+    """Whether an indexing has no boolean mask among its indices: then its shape follows from theirs."""
+    masks = (torch.bool, torch.uint8)
+    return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in masks for i in args[1])
 
 
 class Effects:

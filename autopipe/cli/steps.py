@@ -74,10 +74,10 @@ def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBa
     if captured.opaque and not options.quiet:
         print(captured.report(), file=sys.stderr)
     values = captured.flatten(microbatch.args, microbatch.kwargs)
-    given = {"names": captured.names, "graph_hash": captured.graph_hash}
+    graph, names, graph_hash = captured.graph_module, captured.names, captured.graph_hash
     if _is_estimated(options.device):
-        return estimate(captured.graph_module, values, device=options.device, **given)
-    return profile(captured.graph_module, values, device=options.device, progress=not options.quiet, **given)
+        return estimate(graph, values, device=options.device, names=names, graph_hash=graph_hash)
+    return profile(graph, values, device=options.device, progress=not options.quiet, names=names, graph_hash=graph_hash)
 
 
 def _is_estimated(device: str | None) -> bool:

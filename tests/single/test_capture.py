@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -245,6 +246,27 @@ def test_a_refusal_names_module_file_and_line() -> None:
     model = Escapes()
     with pytest.raises(autopipe.CaptureError, match=r"module '' \(Escapes\).*numpy.*test_capture.py:\d+.*remedy"):
         autopipe.capture(model, (torch.randn(3, 4),))
+
+
+class PicksRows(nn.Module):
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[torch.arange(len(rows)), rows] if rows.dtype != torch.bool else x[rows]
+
+
+def test_an_index_of_numbers_leaves_nothing_to_be_guarded() -> None:
+    captured = autopipe.capture(PicksRows(), (torch.randn(3, 4), torch.tensor([0, 2, 1])))
+    assert captured.route == "recorded" and not captured.opaque and not captured.guards
+
+
+def test_a_language_model_of_transformers_is_recorded_whole() -> None:
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    captured = autopipe.capture(model, (), {"input_ids": ids, "labels": ids})
+    assert captured.route == "recorded" and not captured.opaque and not captured.guards
 
 
 def test_arguments_that_do_not_fit_forward_are_told_so() -> None:
