@@ -43,6 +43,7 @@ def pipeline(
     split_points: Sequence[str] | None = None,
     constraints: Constraints | None = None,
     plan: Plan | str | Path | None = None,
+    weights: Mapping[str, Tensor] | str | Path | None = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> Engine:
@@ -52,7 +53,8 @@ def pipeline(
     same call. Outside of torchrun it runs on one process with one stage.
 
     Args:
-        model: any module, with the same parameters on every rank; its own `Parameter` objects are trained.
+        model: any module, with the same parameters on every rank; its own `Parameter` objects are trained, and each rank keeps
+            those of its stages alone. On the meta device each rank makes these alone: from `weights`, or by the model's own code.
         example_args, example_kwargs, example_target: a whole batch, as `train_batch` takes it; with it the model is planned
             at once, so that `engine.parameters()` and `engine.plan` are there before the first step.
 
@@ -90,6 +92,7 @@ def pipeline(
         split_points=split_points,
         constraints=constraints,
         plan=Plan.load(plan) if isinstance(plan, (str, Path)) else plan,
+        weights=weights,
         device=context.device,
         seed=seed,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,9 @@ class PipelineConfig:
         split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
         constraints: modules that stay together on a stage, or stand alone, first or last; an `autopipe.Constraints`.
         plan: a plan to use, or the path of one.
+        weights: pretrained weights by the model's names, of which each rank reads its own: a safetensors or torch file, the index
+            of several, a folder that holds either, a checkpoint of autopipe, or a state dict. None: the model's own; what is on the
+            meta device is initialised by its modules' `reset_parameters`, from `seed`.
         device: where this process's stage runs; None: the CUDA device of `LOCAL_RANK` where there is one, otherwise the CPU.
         seed: random state from which every step's dropout follows; None: the generator's own state.
     """
@@ -71,6 +75,7 @@ class PipelineConfig:
     split_points: Sequence[str] | None = None
     constraints: Constraints | None = None
     plan: Plan | None = None
+    weights: Mapping[str, Tensor] | str | Path | None = None
     device: torch.device | None = None
     seed: int | None = None
 

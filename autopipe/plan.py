@@ -14,6 +14,8 @@ from typing import Any, Self
 from autopipe.errors import PlanError
 from profiler.records import LinkProfile, read_json
 
+MAX_NUMBER = 2**63
+"""No time, size or count in a file is as large."""
 PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
 RUNNABLE = (*SCHEDULES, "interleaved", "zb-h1")
@@ -247,7 +249,10 @@ def _record(cls: type[Any], data: Any, where: str) -> Any:
             value = _regions(value, f"{where}.{name}")
         elif kind in ("int", "float"):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value < 0 or math.isnan(value) or (kind == "int" and value != int(value)):
+            finite = number and 0 <= value < MAX_NUMBER
+            if not finite and not (number and kind == "float" and value == math.inf):
+                raise _bad(f"{value!r:.60}", f"{kind}, not negative", f"{where}.{name}")
+            if kind == "int" and value != int(value):
                 raise _bad(f"{value!r}", f"{kind}, not negative", f"{where}.{name}")
             value = int(value) if kind == "int" else value
         elif kind in ("str", "bool") and type(value).__name__ != kind:

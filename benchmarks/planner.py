@@ -1,6 +1,7 @@
-"""The planner against published partitioning problems, brute force, and graphs of 5,000 nodes.
+"""The planner against published partitioning problems, brute force, graphs of 5,000 nodes, and on captured models.
 
     OMP_NUM_THREADS=1 python benchmarks/planner.py                        # everything, a few minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/planner.py --brute-force 500      # every assignment of small graphs, minutes
     python benchmarks/planner.py --only published --stages 2 4 --json planner.json
 
 Published problems lie in `../shared/workloads` (--workloads); without them that part is skipped. The load of a stage is its
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import captured
+from brute_force import brute_force, summary
 from tabulate import tabulate
 
 from autopipe.partition import partition
@@ -180,17 +183,28 @@ def long_unet(levels: int = 10, blocks: int = 24, seed: int = 0) -> Profile:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("published", "steps", "large"))
+    parser.add_argument("--only", choices=("published", "steps", "large", "captured", "recompute"))
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--workloads", type=Path, default=WORKLOADS)
     parser.add_argument("--time-budget-s", type=float, default=8.0)
+    parser.add_argument(
+        "--brute-force", type=int, metavar="N", help="against all assignments of N small graphs; nothing else"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.brute_force:
+        rows = list(brute_force(args.brute_force))
+        print(tabulate(summary(rows), headers="keys", floatfmt=".6f"))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+        return
     there = (args.workloads / "best_known.json").is_file()
     parts = {
         "published": (lambda: published(args.workloads, args.stages, args.time_budget_s)) if there else None,
         "steps": (lambda: steps(args.workloads, args.stages, args.time_budget_s / 4)) if there else None,
         "large": lambda: large(args.time_budget_s),
+        "captured": lambda: captured.plans(args.stages, args.time_budget_s / 4),
+        "recompute": lambda: captured.recompute(args.time_budget_s / 4),
     }
     results = {}
     for name, part in parts.items():

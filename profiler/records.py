@@ -187,6 +187,13 @@ class Profile:
         nodes = _list(data.get("nodes"), "nodes")
         known = {f.name for f in dataclasses.fields(cls)} - {"nodes", "parameters", "link", "segments"}
         parameters = data.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise ProfileError(
+                f"parameters of type {type(parameters).__name__}",
+                expected="a JSON object",
+                where="parameters",
+                remedy="write the profile with `autopipe profile -o FILE`",
+            )
         link = data.get("link")
         return cls(
             nodes=tuple(
@@ -237,6 +244,8 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
+MAX_NUMBER = 2**63
+"""No time, size or count in a file is as large."""
 _KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
 
 
@@ -268,9 +277,10 @@ def _record(cls: type[Any], data: Any, where: str, required: Iterable[str]) -> A
             if kind == "int" and isinstance(value, float) and value.is_integer():
                 value = int(value)
             ok = isinstance(value, _KINDS[kind]) and not (kind in ("int", "float") and isinstance(value, bool))
+            ok = ok and not (isinstance(value, int) and abs(value) >= MAX_NUMBER)
         if not ok:
             raise ProfileError(
-                f"{value!r}", expected=kind, where=f"{where}.{field.name}", remedy="correct the value in the file"
+                f"{value!r:.60}", expected=kind, where=f"{where}.{field.name}", remedy="correct the value in the file"
             )
         values[field.name] = value
     if cls is NodeProfile and "saved_bytes" not in data:
@@ -296,8 +306,9 @@ def _validate(profile: Profile) -> None:
         "residual": "float",
     }
     for name, kind in kinds.items():
-        if not isinstance(getattr(profile, name), _KINDS[kind]):
-            raise bad(f"{getattr(profile, name)!r}", kind, name)
+        value = getattr(profile, name)
+        if not isinstance(value, _KINDS[kind]) or (isinstance(value, int) and abs(value) >= MAX_NUMBER):
+            raise bad(f"{value!r:.60}", kind, name)
     if not profile.nodes:
         raise bad("an empty list", "at least one node", "nodes")
     if profile.microbatch_size < 1:

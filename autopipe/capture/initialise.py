@@ -34,7 +34,8 @@ def initialise(model: nn.Module, names: Collection[str], seed: int) -> None:
             value.fill_(
                 float("nan") if value.is_floating_point() or value.is_complex() else _UNSET if _wide(value) else 0
             )
-        untouched = [(t, t.detach().clone()) for n, t in tensors.items() if n not in ours and t.device.type != "meta"]
+        held = {id(t) for t in ours.values()}  # a tied tensor has other names too
+        untouched = [(t, t.detach().clone()) for t in tensors.values() if id(t) not in held and t.device.type != "meta"]
         with _SeededByName(ours, seed) as draws:
             for name, module in reversed(list(model.named_modules())):
                 if (reset := _reset_of(model, module)) is not None and _holds(module, ours):

@@ -112,9 +112,10 @@ def _record(model: nn.Module, call: Call, start: State, way: Way) -> tuple[Captu
     names, first = {}, dict[int, str]()
     for name, tensor in named:
         names[name] = first.setdefault(id(tensor), name)
-    stand_ins = {name: _stand_in(fake_mode, originals[name]) for name in set(names.values())}
-    swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
     real = [t for t in pytree.tree_leaves((call.args, dict(call.kwargs), call.target)) if isinstance(t, Tensor)]
+    device = next((t.device for t in real if t.device.type != "meta"), torch.device("cpu"))
+    stand_ins = {name: _stand_in(fake_mode, originals[name], device) for name in set(names.values())}
+    swapped = {name: stand_ins[canonical] for name, canonical in names.items()}
     places = Places(model)
     permission = Permission(
         on_fakes=fake_mode is not None,
@@ -180,14 +181,14 @@ def _evaluator(
     return Evaluator(dict(zip(names, real, strict=False)), buffers, recorder.constants, Untraceable, fake_mode)
 
 
-def _stand_in(fake_mode: FakeTensorMode | None, tensor: Tensor) -> Tensor:
-    """The fake twin of a tensor; of one on the meta device, a twin on the CPU."""
+def _stand_in(fake_mode: FakeTensorMode | None, tensor: Tensor, device: torch.device) -> Tensor:
+    """The fake twin of a tensor; of one on the meta device, a twin on the device of the micro-batch."""
     if fake_mode is None:
         return tensor
     if tensor.device.type != "meta":
         return fake_mode.from_tensor(tensor, static_shapes=True)
     with fake_mode:
-        twin: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        twin: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(twin, requires_grad=tensor.requires_grad)
         return twin.requires_grad_(tensor.requires_grad)

@@ -122,6 +122,20 @@ def export_command(options: argparse.Namespace) -> None:
     _write(options, export(Plan.load(options.plan), options.to, options.model))
 
 
+def convert_command(options: argparse.Namespace) -> None:
+    """`autopipe convert CHECKPOINT OUT`: weights from a checkpoint, or a checkpoint from weights."""
+    from autopipe.checkpoint import MAX_SHARD_BYTES, convert
+
+    written = convert(
+        options.source,
+        options.out,
+        to=options.to,
+        max_shard_bytes=options.max_shard_size or MAX_SHARD_BYTES,
+        names=options.names,
+    )
+    _show(options, "".join(f"{path}\n" for path in written))
+
+
 def env_command(options: argparse.Namespace) -> None:
     """`autopipe env`: versions, devices, backends and cores."""
     from autopipe.cli.environment import environment_report
@@ -136,6 +150,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "simulate": simulate_command,
     "verify": verify_command,
     "export": export_command,
+    "convert": convert_command,
     "env": env_command,
 }
 

@@ -14,6 +14,7 @@ from autopipe.report.timelines import TIMELINE_FORMATS
 SIMULATED_ONLY = ("zb-h1",)
 """Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
+CONVERSIONS = ("safetensors", "torch", "checkpoint")
 OBJECTIVES = ("step", "bottleneck")
 CONSTRAINTS = ("together", "alone", "first", "last")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -79,6 +80,18 @@ def _add_others(commands: Any) -> None:
     export.add_argument("--to", choices=EXPORTS, required=True, help="the framework; torch needs --model")
     export.add_argument("--model", metavar="MODEL", help="for torch: the model that was planned")
     _output(export, ("table",), "write to FILE")
+    convert = commands.add_parser("convert", help="a checkpoint to weights that the plain model loads, or back")
+    convert.add_argument("source", metavar="CHECKPOINT", help="a checkpoint, or weights: a file, an index or a folder")
+    convert.add_argument("out", metavar="OUT", help="*.safetensors or *.pt: one file; otherwise a folder")
+    convert.add_argument("--to", choices=CONVERSIONS, help="what to write, where OUT does not say it")
+    convert.add_argument(
+        "--max-shard-size", type=_bytes, metavar="SIZE", help="size of a safetensors file in a folder (default: 5GB)"
+    )
+    convert.add_argument(
+        "--names", metavar="FILE", help="for a checkpoint of DeepSpeed: JSON, the module of each layer's number"
+    )
+    convert.add_argument("--quiet", action="store_true", help="nothing on stdout")
+    convert.add_argument("--debug", action="store_true", help="on an error, print the traceback too")
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     _output(env, ("table", "json"), "write to FILE")
 

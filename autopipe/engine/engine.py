@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
 
-import autopipe.checkpoint as checkpoint
+from autopipe.checkpoint import Reader, newest, open_weights
 from autopipe.config import PipelineConfig
+from autopipe.engine.background import Saver
 from autopipe.engine.batch import MicroBatch, check_device, split
 from autopipe.engine.context import Context
 from autopipe.engine.front import IteratorFront
@@ -20,11 +21,12 @@ from autopipe.engine.masters import lower
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.outputs import gather_outputs
 from autopipe.engine.parameters import StageParameters, zero_gradient
+from autopipe.engine.placing import place, release
 from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context, shape_of
 from autopipe.engine.programs import Kind, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.runner import Runner
-from autopipe.engine.saving import load, save
+from autopipe.engine.saving import collect, load
 from autopipe.engine.scaling import LossScale
 from autopipe.engine.share import Share, share_of
 from autopipe.placement import owners, with_unread
@@ -46,7 +48,8 @@ class Engine(IteratorFront):
         self._replicas = Replicas(layout, config.zero_stage)
         self._flags = {m: m.training for m in model.modules()}
         self._runner: Runner | None = None
-        self._resume: tuple[Path, dict[str, Any]] | None = None
+        self._saver = Saver(context)
+        self._resume: Reader | None = None
         self.steps = 0
 
     # -- what users call ----------------------------------------------------------------------------------------------
@@ -123,15 +126,23 @@ class Engine(IteratorFront):
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state under the model's names, on the CPU of every rank. All ranks must call it."""
         self._require_plan("state_dict()")
+        self._saver.check()
         return self._placed().state_dict(self._optimizer().masters.of)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a whole model's state; each rank takes its share."""
         self._require_plan("load_state_dict()")
+        self._saver.check()
         self._placed().load_state_dict(state, self._optimizer().masters.of)
 
     def save_checkpoint(
-        self, directory: str | Path, step: int | None = None, client_state: Any = None, *, keep: int | None = None
+        self,
+        directory: str | Path,
+        step: int | None = None,
+        client_state: Any = None,
+        *,
+        keep: int | None = None,
+        asynchronous: bool = False,
     ) -> Path:
         """Writes the whole run: parameters, optimizer, scheduler, loss scale, random state, plan. All ranks must call it.
 
@@ -140,14 +151,19 @@ class Engine(IteratorFront):
             step: its number; the number of steps so far where it is None.
             client_state: whatever JSON can hold, such as the position in the data.
             keep: whole checkpoints to keep; None keeps all.
+            asynchronous: return once the state is copied to the CPU, and write it beside the next steps. The next save, load or
+                `close` waits for it.
+
+        Returns:
+            The folder of the checkpoint, which is there when it is whole.
 
         Raises:
-            CheckpointError: it could not be written, on every rank; earlier ones stand.
+            CheckpointError: it could not be written, on every rank; earlier ones stand. Where an asynchronous one could not be,
+                the next call of the engine raises it.
         """
         self._require_plan("save_checkpoint()")
-        return save(
-            directory,
-            self.steps if step is None else step,
+        self._saver.wait()
+        tensors, meta = collect(
             self._placed(),
             self._optimizer(),
             self.plan,
@@ -155,8 +171,9 @@ class Engine(IteratorFront):
             self._layout,
             seed=self._ready().seed,
             client_state={"steps": self.steps, "client": client_state},
-            keep=keep,
         )
+        number = self.steps if step is None else step
+        return self._saver.save(directory, number, tensors, meta, keep=keep, asynchronous=asynchronous)
 
     def load_checkpoint(self, directory: str | Path) -> Any:
         """Reads the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
@@ -166,22 +183,22 @@ class Engine(IteratorFront):
         Raises:
             CheckpointError: there is none, or it does not fit this model.
         """
-        path, meta = self._context.agree(lambda: _newest(directory))
+        self._saver.wait()
+        reader = self._context.agree(lambda: Reader(newest(directory)))
         self._context.require_equal(
-            str(path), "checkpoint", "give all ranks the same directory on a file system that they share"
+            str(reader.checkpoint), "checkpoint", "give all ranks the same directory on a file system that they share"
         )
-        self._resume = (path, meta)
+        self._resume = reader
         if self._plan is not None:
             self._load_resumed()
-        self.steps = int(meta["client_state"]["steps"])
-        return meta["client_state"]["client"]
+        self.steps, client_state = reader.progress
+        return client_state
 
     def _load_resumed(self) -> None:
         if self._resume is not None:
-            path, meta = self._resume
-            self._context.agree(lambda: load(path, meta, self._placed(), self._optimizer()))
-            self._ready().seed = int(meta["seed"])
-            self._resume = None
+            reader, self._resume = self._resume, None
+            self._context.agree(lambda: load(reader, self._placed(), self._optimizer()))
+            self._ready().seed = self._ready().seed if reader.seed is None else reader.seed
 
     def sampler(self, dataset: Dataset[Any], *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
         """A sampler that gives each replica a share of its own, the same on all ranks of a replica; for `shard_batch=False`."""
@@ -189,9 +206,16 @@ class Engine(IteratorFront):
         return DistributedSampler(dataset, layout.data_parallel, layout.replica, shuffle=shuffle, seed=seed)
 
     def close(self) -> None:
-        """Leaves the process groups that the engine has made. The engine cannot be used afterwards."""
-        self._transport.close()
-        self._context.close()
+        """Waits for a checkpoint that is being written, and leaves the process groups that the engine has made.
+
+        The engine cannot be used afterwards.
+        """
+        try:
+            if self._runner is None or self._runner.broken is None:
+                self._saver.wait()
+        finally:
+            self._transport.close()
+            self._context.close()
 
     # -- the first batch ----------------------------------------------------------------------------------------------
 
@@ -215,6 +239,8 @@ class Engine(IteratorFront):
                 modes = precision_context(config, context.device)
                 return capture_program(model, microbatch, "train", config.loss_fn, check=check, modes=modes)
 
+        given = config.weights
+        weights = context.agree(lambda: open_weights(given) if isinstance(given, (str, Path)) else given)
         captured = context.agree(captured_here)
         plan = context.agree(
             lambda: make_plan(captured, microbatch, config, context, self._layout, self._num_microbatches)
@@ -222,9 +248,15 @@ class Engine(IteratorFront):
         stage_of = context.agree(lambda: placement(captured, plan))
         compare_ranks(context, captured, plan)
         owned = with_unread(model, owners(captured, stage_of), captured.names)
-        parameters = context.agree(lambda: StageParameters(model, captured.names, owned, context, self._layout))
-        parameters.open(self._transport)
         seed = context.gather(torch.initial_seed() if config.seed is None else config.seed)[0]
+        mine = [n for n, stages in owned.items() if set(stages) & set(self._layout.stages)]
+        later = self._resume is not None
+        context.agree(
+            lambda: place(model, mine, weights=weights, later=later, seed=seed, device=context.device, exact=originals)
+        )
+        release(model, captured, mine)
+        parameters = StageParameters(model, captured.names, owned, context, self._layout)
+        parameters.open(self._transport)
         self._runner = Runner(
             model, config, context, self._layout, self._transport, plan, owned, parameters.tie_groups, self._flags, seed
         )
@@ -252,6 +284,7 @@ class Engine(IteratorFront):
     def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
         if self._runner is not None and self._runner.broken is not None:
             raise self._runner.broken
+        self._saver.check()
         microbatches = self.split(args, kwargs, target)
         if self._plan is not None:
             check_device(microbatches[0], self._context.device)
@@ -290,11 +323,6 @@ class Engine(IteratorFront):
             if parameter.grad is None:
                 parameter.grad = zero_gradient(parameter)
         self._replicas.start_reduce(used)
-
-
-def _newest(directory: str | Path) -> tuple[Path, dict[str, Any]]:
-    path = checkpoint.newest(directory)
-    return path, checkpoint.read_meta(path)
 
 
 def _nothing(_: int) -> None:

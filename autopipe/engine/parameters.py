@@ -20,7 +20,8 @@ class StageParameters:
     """The parameters and buffers that this rank holds.
 
     Args:
-        model: the user's model; its own `Parameter` objects are trained.
+        model: the user's model, in which what this rank holds has its values (`placing.place`); its own `Parameter` objects are
+            trained.
         names: every name of a parameter or buffer to its first name.
         owned: the stages that hold each parameter and buffer, by first name.
     """
@@ -42,7 +43,6 @@ class StageParameters:
         self._mine: dict[str, Tensor] = {
             n: everything[n] for n, stages in owned.items() if set(stages) & set(layout.stages)
         }
-        self._move(model)
         trained = [n for n, t in everything.items() if n in owned and isinstance(t, nn.Parameter)]
         groups: dict[tuple[int, ...], list[str]] = {}
         for name in trained:
@@ -51,19 +51,6 @@ class StageParameters:
         self.tie_groups = tuple(sorted(groups))
         self._tied = [groups[stages] for stages in self.tie_groups]
         self._tie_process_groups: list[Any] = []
-
-    def _move(self, model: nn.Module) -> None:
-        """Puts what this rank holds on its device; a `Parameter` stays the same object."""
-        for name, tensor in self._mine.items():
-            if tensor.device.type == "meta":
-                raise EngineError(
-                    f"parameter {name!r} on the meta device",
-                    expected="parameters with data",
-                    where=name,
-                    remedy="materialise the model first, for example with model.to_empty(device='cpu') and its own initialisation",
-                )
-            if tensor.device != self._context.device:
-                tensor.data = tensor.data.to(self._context.device)
 
     def open(self, transport: Transport) -> None:
         """Makes the process groups of tied parameters. Collective."""
@@ -99,6 +86,14 @@ class StageParameters:
     def held(self) -> list[tuple[str, Tensor]]:
         """What this rank holds of the model's state dict, by first name."""
         return [(n, t) for n, t in self._mine.items() if n in self._in_state]
+
+    def state_names(self) -> dict[str, str]:
+        """Every name of the model's state dict, in its order, to the first name of its tensor."""
+        return {n: self._names[n] for n in self._persistent if n in self._names}
+
+    def aliases(self, first: str) -> list[str]:
+        """Every name of a tensor in the model's state dict."""
+        return [n for n, f in self.state_names().items() if f == first]
 
     def buffers(self) -> list[Tensor]:
         """This rank's buffers."""

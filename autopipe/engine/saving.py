@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import autopipe.checkpoint as checkpoint
+from autopipe.checkpoint import META, MODEL, OPTIMIZER, RNG, Reader
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
 from autopipe.engine.optimizing import Optimizing
@@ -17,12 +16,8 @@ from autopipe.engine.parameters import StageParameters
 from autopipe.errors import CheckpointError
 from autopipe.plan import Plan
 
-MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng"
 
-
-def save(
-    directory: str | Path,
-    step: int,
+def collect(
     parameters: StageParameters,
     optimizing: Optimizing,
     plan: Plan,
@@ -31,9 +26,8 @@ def save(
     *,
     seed: int,
     client_state: Any,
-    keep: int | None,
-) -> Path:
-    """Writes a checkpoint of the whole run. Collective."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that this rank saves, by key, and all else of the run. Collective."""
     tensors: dict[str, Tensor] = {
         MODEL + n: optimizing.saved_value(n, t)
         for n, t in parameters.held()
@@ -53,48 +47,43 @@ def save(
     gathered = context.gather((options, scheduler))
     meta = {
         "plan": plan.to_json(),
+        "names": parameters.state_names(),
         "options": {n: o for part, _ in gathered for n, o in part.items()},
         "lr_scheduler": next((s for _, s in gathered if s is not None), None),
         "loss_scale": [optimizing.scale.scale, optimizing.scale.good_steps],
         "seed": seed,
         "client_state": client_state,
     }
-    return checkpoint.write(
-        directory,
-        step,
-        tensors,
-        meta,
-        coordinator=context.rank == 0,
-        group=context.control,
-        together=context.agree,
-        keep=keep,
-    )
+    return tensors, meta
 
 
-def load(path: Path, meta: Mapping[str, Any], parameters: StageParameters, optimizing: Optimizing) -> None:
+def load(reader: Reader, parameters: StageParameters, optimizing: Optimizing) -> None:
     """Takes this rank's share out of a checkpoint, whatever layout wrote it."""
-    there = checkpoint.stored(path)
-    wanted: dict[str, Tensor] = {MODEL + n: optimizing.saved_value(n, t) for n, t in parameters.held()}
+    meta = reader.meta
+    named = {n: reader.key_of(parameters.aliases(n)) for n, _ in parameters.held()}
+    wanted: dict[str, Tensor] = {named[n]: optimizing.saved_value(n, t) for n, t in parameters.held()}
     states: dict[str, dict[str, Tensor]] = {}
     for name, parameter in optimizing.mine().items() if optimizing.optimizer is not None else ():
         prefix = f"{OPTIMIZER}{name}."
-        for key, (shape, dtype) in there.items():
+        for key, (shape, dtype) in reader.stored.items():
             if key.startswith(prefix) and "." not in key[len(prefix) :]:
                 device = parameter.device if shape else torch.device("cpu")
                 states.setdefault(name, {})[key[len(prefix) :]] = torch.empty(shape, dtype=dtype, device=device)
     wanted |= {f"{OPTIMIZER}{n}.{k}": t for n, state in states.items() for k, t in state.items()}
-    if RNG in there:
-        wanted[RNG] = torch.empty(there[RNG][0], dtype=there[RNG][1])
-    checkpoint.read_into(path, wanted)
+    if RNG in reader.stored:
+        shape, dtype = reader.stored[RNG]
+        wanted[RNG] = torch.empty(shape, dtype=dtype)
+    reader.read_into(wanted)
     optimizing.masters.round_back(optimizing.mine())
-    if RNG in wanted:
-        torch.set_rng_state(wanted[RNG])
     try:
+        if RNG in wanted:
+            torch.set_rng_state(wanted[RNG])
         optimizing.set_state_by_name(states, meta["options"], meta["lr_scheduler"])
-        optimizing.scale.scale, optimizing.scale.good_steps = meta["loss_scale"]
-    except (KeyError, TypeError, ValueError) as cause:
+        if meta["loss_scale"] is not None:
+            optimizing.scale.scale, optimizing.scale.good_steps = meta["loss_scale"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as cause:
         raise CheckpointError(
             f"{type(cause).__name__}: {cause}",
-            where=str(path / checkpoint.META),
+            where=str(Path(reader.checkpoint) / META),
             remedy="load a checkpoint that autopipe wrote",
         ) from cause

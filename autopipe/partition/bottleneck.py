@@ -9,6 +9,7 @@ coarse over the whole order, then fine around the cuts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -47,12 +48,16 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is to be split: a graph into K stages, each within the memory of its device, as the rules say."""
+    """What is to be split: a graph into K stages, each within the memory of its device, as the rules say.
+
+    `with_recompute` gives the graph with its classes of recompute where the caller has ruled them out: for an error's remedy.
+    """
 
     graph: CostGraph
     num_stages: int
     memory: MemoryModel
     rules: Rules = field(default_factory=Rules)
+    with_recompute: Callable[[], CostGraph] | None = None
 
     @property
     def positions(self) -> int:

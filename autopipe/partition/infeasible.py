@@ -63,27 +63,30 @@ def too_little_memory(problem: Problem, stage_of: IntArray) -> PartitionError:
         f"{(peak - limit) / MIB:.1f} MiB more than it has",
         expected=f"at most {limit / MIB:.1f} MiB on each device",
         where=f"memory_limit, stage {k}",
-        remedy=_remedy(problem, peak - limit, float(memory.activation_bytes[k])),
+        remedy=_remedy(problem, peak - limit, float(memory.activation_bytes[k] + memory.workspace_bytes[k])),
     )
 
 
-def _remedy(problem: Problem, lacking: float, activations: float) -> str:
+def _remedy(problem: Problem, lacking: float, per_sample: float) -> str:
+    """What would make it fit; `per_sample` are the bytes of the stage that shrink with a micro-batch."""
     ways = []
     for num_stages in range(problem.num_stages + 1, min(2 * problem.num_stages + 8, problem.graph.num_nodes) + 1):
-        wider = dataclasses.replace(problem, num_stages=num_stages)
-        peak = stage_memory(problem.graph, problem.memory, least_peak_split(wider), num_stages).peak_bytes.max()
-        if peak <= problem.memory.limit_bytes:
+        if _would_fit(dataclasses.replace(problem, num_stages=num_stages)):
             ways.append(f"{num_stages} stages")
             break
-    if activations > lacking:
-        smaller = activations / (activations - lacking)
-        ways.append(f"a micro-batch {smaller:.1f} times smaller")
-    if len(problem.graph.classes) == 1 and problem.graph.classes[0].is_none and activations > 0:
-        ways.append("perhaps recompute of activations (recompute='auto')")
+    if problem.with_recompute is not None and _would_fit(dataclasses.replace(problem, graph=problem.with_recompute())):
+        ways.append("recompute of activations (recompute='auto')")
+    if per_sample > lacking:
+        ways.append(f"a micro-batch {per_sample / (per_sample - lacking):.1f} times smaller")
     if problem.memory.states and problem.memory.shards == 1:
         ways.append("ZeRO-1 over several replicas, or an optimizer with less state")
-    return (
-        f"it would fit with {'; or '.join(ways)}"
-        if ways
-        else "use devices with more memory: the static part alone does not fit"
-    )
+    if not ways:
+        return "use devices with more memory: the static part alone does not fit"
+    return f"it would fit with {'; or '.join(ways)}"
+
+
+def _would_fit(problem: Problem) -> bool:
+    """Whether the split of the program order that needs least does."""
+    stage_of = least_peak_split(problem)
+    peak = stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max()
+    return bool(peak <= problem.memory.limit_bytes)

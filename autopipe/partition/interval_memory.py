@@ -71,21 +71,27 @@ class _Way:
         self.is_none, self.at_once = way.is_none, way.at_once
         self.saved, self.again = _prefix(way.saved_bytes, order, grid), _prefix(way.recompute_us, order, grid)
         self._spans = np.maximum.reduceat(way.workspace_bytes[order], grid[:-1])
-        self._tables: list[FloatArray] = []
+        self._table: FloatArray | None = None
 
     def largest_workspace(self, i: IntArray, j: IntArray) -> FloatArray:
-        """Of each interval, 0 where it is empty: two overlapping spans whose lengths are a power of two cover it."""
-        if not self._tables:
-            self._tables.append(self._spans)
-            while 2 ** len(self._tables) <= len(self._spans):
-                last, half = self._tables[-1], 2 ** (len(self._tables) - 1)
-                self._tables.append(np.maximum(last[:-half], last[half:]))
-        largest = np.zeros(len(i))
-        level = np.where(j > i, np.frexp(np.maximum(j - i, 1).astype(float))[1] - 1, -1)
-        for number, table in enumerate(self._tables):
-            at = np.flatnonzero(level == number)
-            largest[at] = np.maximum(table[i[at]], table[j[at] - 2**number])
-        return largest
+        """Of each interval, 0 where it is empty: two overlapping runs of spans whose length is a power of two cover it."""
+        if self._table is None:
+            self._table = _powers_of_two(self._spans)
+        level = np.frexp(np.maximum(j - i, 1).astype(float))[1] - 1
+        last = np.maximum(j - (1 << level), 0)
+        found = np.maximum(self._table[level, np.minimum(i, len(self._spans) - 1)], self._table[level, last])
+        return np.where(j > i, found, 0.0)
+
+
+def _powers_of_two(values: FloatArray) -> FloatArray:
+    """(levels, n) in row l the largest of the 2^l values from each one on."""
+    rows, half = [values], 1
+    while 2 * half <= len(values):
+        last = rows[-1].copy()
+        np.maximum(last[:-half], rows[-1][half:], out=last[:-half])
+        rows.append(last)
+        half *= 2
+    return np.stack(rows)
 
 
 def _prefix(values: FloatArray, order: IntArray, grid: IntArray) -> FloatArray:

@@ -142,6 +142,11 @@ class IntervalCosts:
         """Positions of the grid."""
         return len(self.grid)
 
+    @property
+    def choices(self) -> int:
+        """Classes of recompute among which each interval chooses, 0 where memory is not counted."""
+        return 0 if self._all_held is None else len(self.graph.classes)
+
     def exposed_us(self, rows: tuple[int, int], cols: tuple[int, int], kinds: tuple[int, ...]) -> FloatArray:
         """Exposed transfer time of a block of intervals, for `FORWARD`, `BACKWARD` or both.
 

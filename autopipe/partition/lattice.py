@@ -137,7 +137,8 @@ class _Sweep:
         for k, (before, after) in enumerate(itertools.pairwise(pools)):
             pairs = Pairs(self.problem.graph, before, after)
             load = pairs.load_us()
-            self.effort.spend(cells=load.size * (1 + len(pairs.tensors) / 300))
+            choices = len(self.problem.graph.classes) if self.problem.memory.chooses(self.problem.graph) else 0
+            self.effort.spend(cells=load.size * (1 + choices + len(pairs.tensors) / 300))
             if self.problem.memory.chooses(self.problem.graph):
                 wanted = np.isfinite(load) & ~pairs.equal
                 load = load + pairs.added_us(self.problem.memory, k, self.problem.num_stages, wanted)

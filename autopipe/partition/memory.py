@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts, crossings, stage_costs, sum_by
+from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, StageCosts, crossings, stage_costs, sum_by
 from autopipe.schedule.program import MAX_POSTED_RECEIVES
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
@@ -92,34 +92,38 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
     optimizer_bytes = sum_by(stage, trained[owner] * memory.states / memory.shards, K)
     static = param_bytes + gradient_bytes + optimizer_bytes
     received = received_bytes(graph, stage_of, K)
-    made_again = sum_by(stage_of, graph.saved_bytes, K)
     sent = sent_bytes(graph, stage_of, K)
-    chosen = np.full(K, -1, np.int64)
-    best = np.full(K, np.inf)
-    activation_bytes, workspace_bytes, recompute_us = np.zeros(K), np.zeros(K), np.zeros(K)
-    for number, way in enumerate(graph.classes):
-        activations = in_flight * (sum_by(stage_of, way.saved_bytes, K) + received + (0.0 if way.is_none else sent))
-        workspace = np.zeros(K)
-        np.maximum.at(workspace, stage_of, way.workspace_bytes)
-        workspace += memory.buffer_bytes(received, sent) + (made_again if way.at_once else 0.0)
-        peak = static + activations + workspace
-        better = (chosen < 0) | ((best > memory.limit_bytes) & (peak < best))
-        best = np.where(better, peak, best)
-        chosen[better] = number
-        activation_bytes = np.where(better, activations, activation_bytes)
-        workspace_bytes = np.where(better, workspace, workspace_bytes)
-        recompute_us = np.where(better, sum_by(stage_of, way.recompute_us, K), recompute_us)
-        if best.max() <= memory.limit_bytes:
-            break
+    ways = graph.classes
+    at_once = np.array([[way.at_once] for way in ways], float)
+    again = np.array([[not way.is_none] for way in ways], float)
+    on = (stage_of[:, None] == np.arange(K)).astype(float)
+    saved, largest = np.stack([w.saved_bytes for w in ways]) @ on, _largest(ways, stage_of, K)
+    activations = in_flight * (saved + received + again * sent)
+    workspace = largest + memory.buffer_bytes(received, sent) + at_once * (graph.saved_bytes @ on)
+    peaks = static + activations + workspace
+    fits = peaks <= memory.limit_bytes
+    chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
+    stages = np.arange(K)
     return StageMemory(
         param_bytes=param_bytes,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_bytes,
-        activation_bytes=activation_bytes,
-        workspace_bytes=workspace_bytes,
+        activation_bytes=activations[chosen, stages],
+        workspace_bytes=workspace[chosen, stages],
         recompute=chosen,
-        recompute_us=recompute_us,
+        recompute_us=(np.stack([w.recompute_us for w in ways]) @ on)[chosen, stages],
     )
+
+
+def _largest(ways: tuple[RecomputeClass, ...], stage_of: IntArray, num_stages: int) -> FloatArray:
+    """(classes, K) the largest workspace of each stage, 0 where it is empty."""
+    order = np.argsort(stage_of, kind="stable")
+    size = np.bincount(stage_of, minlength=num_stages)
+    filled = np.flatnonzero(size)
+    found = np.zeros((len(ways), num_stages))
+    values = np.stack([way.workspace_bytes for way in ways])[:, order]
+    found[:, filled] = np.maximum.reduceat(values, (np.cumsum(size) - size)[filled], axis=1)
+    return found
 
 
 def run_costs(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_stages: int) -> StageCosts:

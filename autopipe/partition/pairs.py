@@ -150,11 +150,15 @@ class Pairs:
 
     def _largest(self, values: FloatArray, rows: IntArray, cols: IntArray) -> FloatArray:
         """The largest value over b - a, for some of the pairs."""
-        largest = np.zeros(len(rows))
-        for level in np.unique(values[values > 0]):
+        largest, left = np.zeros(len(rows)), np.arange(len(rows))
+        for level in np.unique(values[values > 0])[::-1]:
+            if not len(left):
+                break
             nodes = np.flatnonzero(values == level)
             a, b = (pool.members(nodes).sum(axis=1) for pool in (self.before, self.after))
-            largest[b[cols] > a[rows]] = level
+            inside = b[cols[left]] > a[rows[left]]
+            largest[left[inside]] = level
+            left = left[~inside]
         return largest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -142,10 +143,14 @@ class Asked:
         """The problem under these constraints."""
         K, memory = self.run.num_stages, self.run.memory
         graph = build_cost_graph(self.profile, self.link, constraints.groups(self.profile))
-        if self.recompute == "full" or np.isfinite(memory.limit_bytes):
+        allowed = None
+        if self.recompute == "full" or (self.recompute == "auto" and np.isfinite(memory.limit_bytes)):
             graph = with_recompute(graph, self.profile, self.recompute)
+        elif self.recompute == "none":
+            allowed = partial(with_recompute, graph, self.profile, "auto")
         request.check_stages_fit_nodes(graph, K)
-        return Problem(graph=graph, num_stages=K, memory=memory, rules=constraints.rules(self.profile, graph, K))
+        rules = constraints.rules(self.profile, graph, K)
+        return Problem(graph=graph, num_stages=K, memory=memory, rules=rules, with_recompute=allowed)
 
     def prices(
         self, constraints: Constraints, problem: Problem, stage_of: IntArray, budget_s: float

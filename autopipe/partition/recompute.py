@@ -26,7 +26,7 @@ SHARES = 8
 """Classes, each with as many more of the saved bytes."""
 REGION_SHARES = (1 / 4, 1 / 16, 1 / 64)
 """The most that a region may make again at once, as shares of all saved bytes."""
-PARTS, SLICES = (0.25, 0.5, 0.75), 64
+PARTS, SLICES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8), 64
 """Between two classes: the shares of the graph that take the dearer one, and the slices, of equal bytes, that are dealt out."""
 NEGLIGIBLE = 2e-5
 """The share of the forward below which a node belongs to every class: views, and operators on a few numbers."""
@@ -35,9 +35,7 @@ REGION_US = 60.0
 
 
 def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGraph:
-    """The graph with the classes that a stage may choose from; `recompute` is one of `plan.RECOMPUTE`."""
-    if recompute == "none":
-        return graph
+    """The graph with the classes that a stage may choose from; `recompute` is `auto` or `full`."""
     memory = _Memory(profile)
     whole = _class(profile, graph, memory, memory.regions(np.inf, np.inf), at_once=True)
     if recompute == "full":

@@ -103,6 +103,7 @@ def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution
         float((graph.tensor_bytes + graph.gradient_bytes).sum()) * problem.num_stages / graph.link.bytes_per_us
         + graph.link.latency_us
     )
+    everything += max(float(way.recompute_us.sum()) for way in graph.classes)
     start = Solution(load_us=everything, stage_of=nearest, order=np.arange(graph.num_nodes))
     found = refine(problem, start, random, effort.share(0.5), 0.0).solution
     if found is start:

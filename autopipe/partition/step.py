@@ -55,7 +55,8 @@ class Clock:
     def _simulate(self, stage_of: IntArray) -> float:
         problem, memory = self.problem, self.problem.memory
         actions = 2 * problem.num_stages * memory.num_microbatches
-        self.effort.spend(seconds=ASSIGNMENT_S + ACTION_S * actions + NODE_S * problem.graph.num_nodes)
+        choices = len(problem.graph.classes)  # each is costed where memory decides
+        self.effort.spend(seconds=ASSIGNMENT_S + ACTION_S * actions + choices * NODE_S * problem.graph.num_nodes)
         if problem.rules.broken(stage_of, problem.num_stages):
             return np.inf
         costs = stage_costs(problem.graph, stage_of, problem.num_stages)

@@ -40,15 +40,7 @@ def try_ranks(
     function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0
 ) -> list[tuple[str, Any]]:
     """As `run_ranks`, but gives for each rank ("ok", result), ("raised", traceback), ("died", exit code) or ("hung", "")."""
-    port = free_port()
-    pipes, processes = [], []
-    for rank in range(num_ranks):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_main, args=(there, function, args, rank, num_ranks, port), daemon=True)
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
+    pipes, processes = start_ranks(function, num_ranks, *args)
     try:
         results = _collect(pipes, processes, time.monotonic() + timeout_s)
         for rank, process in enumerate(processes):
@@ -60,6 +52,20 @@ def try_ranks(
         for process in processes:
             process.kill()
             process.join()
+
+
+def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tuple[list[Connection], list[Any]]:
+    """Starts `function(*args)` on every rank; the pipes over which the results come, and the processes, which are the caller's to end."""
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(num_ranks):
+        here, there = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_main, args=(there, function, args, rank, num_ranks, port), daemon=True)
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    return pipes, processes
 
 
 def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[str, Any]]:

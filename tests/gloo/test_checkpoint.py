@@ -171,3 +171,58 @@ def test_old_checkpoints_are_removed_and_a_step_can_be_saved_again(tmp_path: Pat
     with pytest.raises(autopipe.CheckpointError, match="JSON"):
         engine.save_checkpoint(tmp_path, step=4, client_state=object())
     assert autopipe.checkpoint.newest(tmp_path).name == "step-00000003"
+
+
+def _save_beside(directory: str) -> tuple[list[float], list[str], dict[str, Any], dict[str, Any]]:
+    engine, args, target = _engine(1, 0, ADAM)
+    engine.train_batch(*args, target=target)
+    saved = {n: t.numpy().copy() for n, t in engine.state_dict().items()}
+    state = {"list": [1]}
+    engine.save_checkpoint(directory, client_state=state, asynchronous=True)
+    state["list"].append(2)  # as the copies of tensors, the copy of this is what is saved
+    losses = [float(engine.train_batch(*args, target=target)) for _ in range(2)]
+    engine.save_checkpoint(directory, asynchronous=True)
+    engine.close()
+    names = sorted(p.name for p in Path(directory).iterdir())
+    return losses, names, saved, state
+
+
+def test_an_asynchronous_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    losses, names, saved, _ = run_ranks(_save_beside, 2, str(tmp_path))[0]
+    assert names == ["step-00000001", "step-00000003"]
+    client, state, later = run_ranks(_load, 2, str(tmp_path / "step-00000001"), 1, 0, ADAM, False)[0]
+    assert client == {"list": [1]}
+    assert all((state[n] == t).all() for n, t in saved.items())
+    assert later[:2] == losses
+
+
+def _fail_beside(directory: str) -> list[str]:
+    engine, args, target = _engine(1, 0, ADAM)
+    engine.train_batch(*args, target=target)
+    engine.save_checkpoint(directory)
+    engine.train_batch(*args, target=target)
+    if engine.stage == 1:
+        _full_disk()
+    told = []
+    for call in (partial(engine.train_batch, *args, target=target), engine.close):
+        try:
+            engine.save_checkpoint(directory, asynchronous=True)
+            engine._saver._thread.join()
+            call()
+        except autopipe.CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+def _full_disk() -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data = fail  # type: ignore[method-assign]
+
+
+def test_a_failure_beside_training_is_raised_by_the_next_call_on_every_rank(tmp_path: Path) -> None:
+    for told in run_ranks(_fail_beside, 2, str(tmp_path)):
+        assert len(told) == 2
+        assert all("No space left" in t for t in told)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

@@ -208,3 +208,24 @@ def test_every_baseline_fills_every_stage(method: Callable[[CostGraph, int], np.
             stage_of = method(graph, num_stages)
             assert sorted(set(stage_of.tolist())) == list(range(num_stages))
             assert (np.diff(stage_of) >= 0).all()
+
+
+def test_too_little_memory_names_recompute_where_it_would_help() -> None:
+    profile = dataclasses.replace(
+        heavy(8), nodes=tuple(dataclasses.replace(n, saved_bytes=2**20, output_bytes=10) for n in heavy(8).nodes)
+    )
+    arguments = {"num_stages": 2, "num_microbatches": 4, "memory_limit": 6 * 2**20}
+    with pytest.raises(PartitionError, match=r"recompute of activations \(recompute='auto'\)"):
+        partition(profile, recompute="none", **arguments)
+    plan = partition(profile, **arguments)
+    assert max(s.peak_bytes for s in plan.stages) <= arguments["memory_limit"]
+    again = plan.stages[0]
+    assert again.recompute
+    assert again.backward_us > 2 * again.forward_us
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_a_limit_that_recompute_does_not_reach_offers_none() -> None:
+    with pytest.raises(PartitionError) as caught:
+        partition(heavy(param_bytes=2**20), num_stages=2, memory_limit=10 * 2**20, num_microbatches=2)
+    assert "recompute" not in str(caught.value)

@@ -66,6 +66,7 @@ PLANNING = [
 ]
 COMMON = ["--debug", "--format", "--help", "--output", "--quiet", "-h", "-o"]
 FROZEN = {
+    "convert": ["--debug", "--help", "--max-shard-size", "--names", "--quiet", "--to", "-h"],
     "env": COMMON,
     "export": [*COMMON, "--model", "--to"],
     "plan": [*COMMON, *PLANNING],

@@ -1,0 +1,164 @@
+"""The planner against all monotone assignments of small random graphs: `python benchmarks/planner.py --brute-force 500`.
+
+Nothing of the planner's cost model is used: loads and peaks of all assignments follow from the profile in arrays of their own,
+and steps are played by the simulator of the tests (`tests/pure/partition_reference.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopipe.errors import PartitionError
+from autopipe.partition import partition
+from profiler.records import LinkProfile, Profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.pure.partition_reference import random_profile, step_us
+
+Stages = NDArray[np.int8]
+"""(assignments, nodes) stages."""
+MOST_ASSIGNMENTS = 300_000
+CAP_QUANTILE = 0.15
+"""The cap lets this share of all assignments through."""
+
+
+def cases(count: int) -> Iterator[tuple[int, Profile, int, int, LinkProfile, Stages]]:
+    """Random graphs of 4 to 14 nodes with K, M, a link, and all their assignments."""
+    seed = found = 0
+    while found < count:
+        num_nodes, K, M = 4 + seed % 11, 2 + seed % 3, 1 + seed % 8
+        link = LinkProfile(latency_us=seed % 2 * 0.7, bytes_per_us=400.0, overlap=0.5 * (seed % 3))
+        profile = random_profile(seed, num_nodes, chain=seed % 5 == 0)
+        every = assignments(profile, K)
+        seed += 1
+        if every is not None and len(every):
+            found += 1
+            yield seed - 1, profile, K, M, link, every
+
+
+def assignments(profile: Profile, num_stages: int) -> Stages | None:
+    """Every assignment in which no node is before what it reads and no stage is empty; None where they are too many."""
+    index = {node.name: i for i, node in enumerate(profile.nodes)}
+    found = np.zeros((1, 0), np.int8)
+    for node in profile.nodes:
+        inputs = [index[name] for name in node.inputs]
+        low = found[:, inputs].max(axis=1) if inputs else np.zeros(len(found), np.int8)
+        parts = [np.column_stack([found[low <= k], np.full((low <= k).sum(), k, np.int8)]) for k in range(num_stages)]
+        found = np.concatenate(parts)
+        if len(found) > MOST_ASSIGNMENTS:
+            return None
+    return found[np.all([(found == k).any(axis=1) for k in range(num_stages)], axis=0)]
+
+
+def costs(
+    profile: Profile, stages: Stages, num_stages: int, num_microbatches: int, link: LinkProfile
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The largest load in microseconds and the largest peak in bytes of each assignment, under 1F1B with Adam."""
+    nodes, K = profile.nodes, num_stages
+    index = {node.name: i for i, node in enumerate(nodes)}
+    readers: dict[int, list[int]] = {}
+    for i, node in enumerate(nodes):
+        for name in node.inputs:
+            readers.setdefault(index[name], []).append(i)
+    on = [stages == k for k in range(K)]
+    load = np.stack([o @ np.array([n.forward_us + n.backward_us for n in nodes]) for o in on])
+    received, sent = np.zeros_like(load), np.zeros_like(load)
+    messages = np.zeros((4, *load.shape), bool)
+    for u, by in readers.items():
+        size, back = nodes[u].output_bytes, nodes[u].differentiable and nodes[u].output_bytes > 0
+        for k in range(K):
+            enters = on[k][:, by].any(axis=1) & ~on[k][:, u]
+            leaves = on[k][:, u] & (~on[k][:, by]).any(axis=1)
+            received[k] += size * enters
+            sent[k] += size * leaves
+            load[k] += (1 - link.overlap) * (1 + back) * size / link.bytes_per_us * (enters.astype(float) + leaves)
+            for way, there in enumerate((enters, leaves)):
+                messages[way, k] |= there
+                messages[2 + way, k] |= there & back
+    load += (1 - link.overlap) * link.latency_us * messages.sum(axis=0)
+    peak = np.zeros_like(load)
+    for k in range(K):
+        for name, parameter in profile.parameters.items():
+            holders = [i for i, node in enumerate(nodes) if name in node.params]
+            peak[k] += parameter.bytes * (4 if parameter.trainable else 1) * on[k][:, holders].any(axis=1)
+        saved = on[k] @ np.array([node.saved_bytes for node in nodes], float)
+        peak[k] += min(K - k, num_microbatches) * (saved + received[k])
+        peak[k] += min(2, num_microbatches - 1) * (2 * received[k] + sent[k])
+        peak[k] += (on[k] * np.array([node.workspace_bytes for node in nodes], float)).max(axis=1)
+    return load.max(axis=0), peak.max(axis=0)
+
+
+def shortest_step_us(
+    profile: Profile, stages: Stages, load_us: NDArray[np.float64], K: int, M: int, link: LinkProfile
+) -> float:
+    """The least simulated step; an assignment is played while M times its largest load is below the best so far."""
+    best = np.inf
+    names = [node.name for node in profile.nodes]
+    for i in np.argsort(load_us, kind="stable"):
+        if M * load_us[i] >= best:
+            break
+        best = min(best, step_us(profile, dict(zip(names, stages[i].tolist(), strict=True)), K, M, link))
+    return float(best)
+
+
+def brute_force(count: int) -> Iterator[dict[str, Any]]:
+    """A row for each graph, with and without a cap: what the planner reaches over the best of all assignments."""
+    for seed, profile, K, M, link, every in cases(count):
+        load, peak = costs(profile, every, K, M, link)
+        for cap in (np.inf, float(np.quantile(peak, CAP_QUANTILE))):
+            fits = peak <= cap
+            best_load = float(load[fits].min())
+            best_step = shortest_step_us(profile, every[fits], load[fits], K, M, link)
+            common = {
+                "num_stages": K,
+                "num_microbatches": M,
+                "link": link,
+                "memory_limit": None if np.isinf(cap) else cap,
+                "recompute": "none",
+            }
+            try:
+                least = partition(profile, objective="bottleneck", **common)
+                plan = partition(profile, objective="step", **common)
+            except PartitionError as error:
+                raise AssertionError(f"graph {seed}: {best_load} us fits into {cap} bytes, but {error}") from None
+            yield {
+                "graph": seed,
+                "nodes": len(profile.nodes),
+                "stages": K,
+                "micro-batches": M,
+                "assignments": int(fits.sum()),
+                "capped": bool(np.isfinite(cap)),
+                "load over best": least.bottleneck_us / best_load,
+                "step over best": plan.step_us / best_step if best_step else 1.0,
+                "bounds hold": bool(
+                    least.bottleneck_bound_us <= best_load * (1 + 1e-9)
+                    and plan.lower_bound_us <= best_step * (1 + 1e-9)
+                ),
+            }
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With and without a cap: how many loads are equal to the best, and how far steps are from it."""
+    found = []
+    for capped in (False, True):
+        part = [row for row in rows if row["capped"] == capped]
+        steps = np.array([row["step over best"] for row in part])
+        found.append(
+            {
+                "cap": "15 % of assignments fit" if capped else "none",
+                "graphs": len(part),
+                "assignments": sum(row["assignments"] for row in part),
+                "load equal": sum(abs(row["load over best"] - 1) <= 1e-9 for row in part),
+                "step: mean over best": float(steps.mean()),
+                "step: worst": float(steps.max()),
+                "step equal": int((steps <= 1 + 1e-9).sum()),
+                "bounds hold": all(row["bounds hold"] for row in part),
+            }
+        )
+    return found
