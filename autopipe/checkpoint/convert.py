@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from autopipe.checkpoint.deepspeed import is_deepspeed, open_deepspeed
+from autopipe.checkpoint.deepspeed import layers_folder, open_deepspeed
 from autopipe.checkpoint.export import write_safetensors, write_sharded, write_torch
+from autopipe.checkpoint.faults import named
 from autopipe.checkpoint.files import SAFETENSORS, TORCH, Stored
 from autopipe.checkpoint.folders import published
 from autopipe.checkpoint.tensors import MODEL
@@ -68,8 +69,10 @@ def _target(source: Path, out: Path) -> Target:
 
 
 def _open(source: Path, names: Path | None) -> Weights:
-    layers = is_deepspeed(source)
-    if layers != (names is not None):
+    layers = named(lambda: layers_folder(source), source)
+    if layers is not None and names is not None:
+        return open_deepspeed(layers, names)
+    if layers is not None or names is not None:
         raise ConfigError(
             "layers of DeepSpeed without names" if layers else "names for something else than layers of DeepSpeed",
             expected="both, or neither",
@@ -78,7 +81,7 @@ def _open(source: Path, names: Path | None) -> Weights:
             if layers
             else "leave --names out, or pass the folder that holds layer_…-model_states.pt",
         )
-    return open_deepspeed(source, names) if names is not None else open_weights(source)
+    return open_weights(source)
 
 
 def _write_checkpoint(out: Path, weights: Weights) -> Path:

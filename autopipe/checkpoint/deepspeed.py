@@ -19,16 +19,21 @@ from autopipe.errors import CheckpointError
 _LAYER = re.compile(r"layer_(\d{2,9})(?:-model_(\d{2,9}))?-model_states\.pt")
 
 
-def is_deepspeed(folder: Path) -> bool:
-    """Whether a folder holds the layers of a pipeline checkpoint."""
-    return folder.is_dir() and any(_LAYER.fullmatch(p.name) for p in folder.iterdir())
+def layers_folder(path: Path) -> Path | None:
+    """The folder with the layers of a pipeline checkpoint: the path, or the step in it that its file `latest` names; None: there is none."""
+    latest = path / "latest"
+    step = latest.read_text().strip() if latest.is_file() else ""
+    for folder in (path, path / Path(step).name):
+        if folder.is_dir() and any(_LAYER.fullmatch(p.name) for p in folder.iterdir()):
+            return folder
+    return None
 
 
 def open_deepspeed(folder: Path, names: Path) -> Weights:
     """The weights of a DeepSpeed pipeline checkpoint, by the names of a model.
 
     Args:
-        folder: the one of a step, such as `global_step100`.
+        folder: the one with the layers, such as `global_step100`.
         names: JSON: for each layer the module that it is in the model (`{"1": "blocks.0"}`; "" for the model itself), or for
             single tensors their names (`{"0.weight": "wte.weight"}`), which go first. null leaves a layer or tensor out.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,12 @@ def start(model: nn.Module, weights: str | None, ids: torch.Tensor) -> Any:
     )
 
 
-def one_rank(width: int, layers: int, weights: str | None) -> dict[str, float]:
-    """Growth of this rank's peak, in bytes, over the start of an engine; the bytes of its stage's parameters."""
+def one_rank(width: int, layers: int, weights: str | None, cache: str) -> dict[str, float]:
+    """Growth of this rank's peak, in bytes, over the start of an engine; the bytes of its stage's parameters.
+
+    With a new folder as `cache`, rank 0 measures the model too.
+    """
+    os.environ["AUTOPIPE_CACHE_DIR"] = cache
     ids = torch.randint(0, 50, (2, 8))
     small = start(TiedGPT(layers=4), None, ids)  # what the first engine of a process loads is no part of a stage
     small.train_batch(ids, target=ids)
@@ -94,7 +99,9 @@ def main(arguments: list[str]) -> None:
             if source != "reset_parameters":
                 weights = str(Path(folder) / f"model.{'safetensors' if source == 'safetensors' else 'pt'}")
                 save(TiedGPT(width=options.width, layers=options.layers), Path(weights))
-            for row in run_ranks(one_rank, options.ranks, options.width, options.layers, weights, timeout_s=480.0):
+            for row in run_ranks(
+                one_rank, options.ranks, options.width, options.layers, weights, f"{folder}/{source}", timeout_s=480.0
+            ):
                 rows.append({"source": source, **row})
     total = whole_bytes(options.width, options.layers)
     print(f"model of {total / MIB:.0f} MiB on {options.ranks} ranks")

@@ -99,7 +99,8 @@ def test_layers_of_deepspeed_become_a_checkpoint(tmp_path: Path) -> None:
         torch.save(layer.state_dict(), folder / f"layer_{number:02d}-model_00-model_states.pt")
     names = {"0": "wte", "1.weight": "wpe.weight", "3": "blocks.0", "04": "blocks.1", "5": "norm"}
     (tmp_path / "names.json").write_text(json.dumps(names))
-    convert(folder, tmp_path / "run", names=tmp_path / "names.json")
+    (tmp_path / "latest").write_text("global_step3")
+    convert(tmp_path, tmp_path / "run", names=tmp_path / "names.json")
     assert set(Reader(newest(tmp_path / "run")).names) == set(model.state_dict()) - {"head.weight"}
     again = engine(TiedGPT(layers=2))
     again.load_checkpoint(tmp_path / "run")
