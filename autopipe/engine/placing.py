@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.capture import Captured
+from autopipe.capture.compat import is_scripted
 from autopipe.capture.materialise import materialise, names_in, require_shape, tensors_by_name
 from autopipe.errors import EngineError
 
@@ -85,9 +86,11 @@ def release(model: nn.Module, captured: Captured, mine: Collection[str]) -> None
     ours = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if captured.names[n] in set(mine)}
     twins: dict[int, nn.Parameter] = {}
     for module in dict.fromkeys([*model.modules(), *captured.graph_module.modules()]):
-        for name, parameter in module._parameters.items():
+        for name, parameter in [] if is_scripted(module) else list(module._parameters.items()):
             if parameter is not None and id(parameter) not in ours and parameter.device.type != "meta":
-                module._parameters[name] = twins.setdefault(id(parameter), _twin(parameter))
+                setattr(
+                    module, name, twins.setdefault(id(parameter), _twin(parameter))
+                )  # recurrent layers keep a list too
 
 
 def _twin(parameter: nn.Parameter) -> nn.Parameter:
