@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ def pipeline(
     precision: str = "fp32",
     max_grad_norm: float | None = None,
     loss_weight: Callable[[Any], float | Tensor] | None = None,
+    accumulate_batches: int = 1,
+    predict_on: Literal["all", "last"] = "all",
     compile: bool = False,
     self_check: bool = True,
     recompute: str = "auto",
@@ -85,6 +87,8 @@ def pipeline(
         precision=precision,
         max_grad_norm=max_grad_norm,
         loss_weight=loss_weight,
+        accumulate_batches=accumulate_batches,
+        predict_on=predict_on,
         compile=compile,
         self_check=self_check,
         recompute=recompute,

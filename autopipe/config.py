@@ -38,6 +38,8 @@ class PipelineConfig:
             its own, as with `engine.sampler(dataset)`.
         precision: `fp32` (the parameters' own dtype), `bf16` (autocast), `bf16-params` (autocast, parameters rounded to bf16, fp32
             master copies in the optimizer, fp32 gradients), or `fp16` (autocast, with loss scaling).
+        accumulate_batches: calls of `train_batch` for one optimizer step, made with the mean of their gradients.
+        predict_on: `predict` gives the output on `all` ranks, or on the `last` stage's alone and None elsewhere.
         compile: compile each stage with `torch.compile`.
         max_grad_norm: gradients are scaled down to this norm over all stages; None: not at all.
         loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
@@ -66,6 +68,8 @@ class PipelineConfig:
     zero_stage: int = 0
     shard_batch: bool = True
     precision: str = "fp32"
+    accumulate_batches: int = 1
+    predict_on: Literal["all", "last"] = "all"
     compile: bool = False
     max_grad_norm: float | None = None
     loss_weight: Callable[[Any], float | Tensor] | None = None
@@ -86,6 +90,14 @@ class PipelineConfig:
                 raise _wrong(name, value, "'auto' or a whole number of at least 1")
         if self.schedule not in ("auto", *RUNNABLE):
             raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(RUNNABLE)}")
+        if not isinstance(self.accumulate_batches, int) or self.accumulate_batches < 1:
+            raise _wrong("accumulate_batches", self.accumulate_batches, "a whole number of at least 1")
+        if self.accumulate_batches > 1 and self.optimizer is None:
+            raise _wrong(
+                "accumulate_batches", self.accumulate_batches, "an optimizer= beside it, which is stepped less often"
+            )
+        if self.predict_on not in ("all", "last"):
+            raise _wrong("predict_on", self.predict_on, "'all' or 'last'")
         if self.zero_stage in (2, 3):
             raise ConfigError(
                 f"zero_stage = {self.zero_stage}",

@@ -23,7 +23,7 @@ from autopipe.engine.outputs import gather_outputs
 from autopipe.engine.parameters import StageParameters, zero_gradient
 from autopipe.engine.placing import place, release
 from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context, shape_of
-from autopipe.engine.programs import Kind, capture_program, mode_of
+from autopipe.engine.programs import Kind, capture_output, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.runner import Runner
 from autopipe.engine.saving import collect, load
@@ -81,7 +81,7 @@ class Engine(IteratorFront):
             self._training,
             self._share(microbatches),
             self.steps,
-            loss_scale=optimizing.scale.scale,
+            loss_scale=optimizing.loss_factor,
             reduce=self._reduce_tied,
             stage_done=lambda stage: self._reduce_replicas(parameters.of_stage(stage, tied=False)),
         )
@@ -100,17 +100,20 @@ class Engine(IteratorFront):
         return self._evaluated(args, kwargs, target)[0]
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for a batch in evaluation mode, in the model's own structure, on every rank.
+        """The model's output for a batch in evaluation mode, in the model's own structure, on every rank (see `predict_on`).
 
-        Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples.
+        Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples. As a first
+        call it plans the model, with the loss where the model returns it.
         """
         microbatches = self._split(args, kwargs, None)
-        if self._plan is None and self._config.loss_fn is None:
-            self.prepare(microbatches[0])
+        if self._config.plan is None or self._config.loss_fn is None:
+            self.prepare(microbatches[0], for_output=True)
         self._require_plan("predict()")
         share = self._share(microbatches, weighted=False)
         step, runs = self._forward("predict", share)
-        outputs = gather_outputs(runs, share.microbatches, self._context, self._layout)
+        outputs = gather_outputs(runs, share.microbatches, self._layout, everywhere=self._config.predict_on == "all")
+        if outputs is None:
+            return None
         captured = self._ready().predicted(step, microbatches)
         return captured.unflatten([o.to(self._context.device) for o in outputs])
 
@@ -162,6 +165,7 @@ class Engine(IteratorFront):
                 the next call of the engine raises it.
         """
         self._require_plan("save_checkpoint()")
+        self._optimizer().require_stepped("save_checkpoint()")
         self._saver.wait()
         tensors, meta = collect(
             self._placed(),
@@ -219,8 +223,12 @@ class Engine(IteratorFront):
 
     # -- the first batch ----------------------------------------------------------------------------------------------
 
-    def prepare(self, microbatch: MicroBatch) -> None:
-        """Captures, plans, and places the model, unless that is done. Collective."""
+    def prepare(self, microbatch: MicroBatch, *, for_output: bool = False) -> None:
+        """Captures, plans, and places the model, unless that is done. Collective.
+
+        Args:
+            for_output: there is no target, and there may be no loss: what is planned is the way to the output.
+        """
         if self._plan is not None:
             return
         config, context, model = self._config, self._context, self._model
@@ -237,6 +245,8 @@ class Engine(IteratorFront):
             with mode_of(model, True, self._flags):
                 check = config.self_check and context.rank == 0
                 modes = precision_context(config, context.device)
+                if for_output:
+                    return capture_output(model, microbatch, check=check, modes=modes)
                 return capture_program(model, microbatch, "train", config.loss_fn, check=check, modes=modes)
 
         given = config.weights
@@ -260,7 +270,9 @@ class Engine(IteratorFront):
         self._runner = Runner(
             model, config, context, self._layout, self._transport, plan, owned, parameters.tie_groups, self._flags, seed
         )
-        self._runner.add_program("train", True, microbatch, captured, stage_of)
+        self._runner.planned = dict(stage_of)
+        if captured.loss is not None:
+            self._runner.add_program("train", True, microbatch, captured, stage_of)
         scale = LossScale.for_precision(config.precision)
         self._optimizing = context.agree(
             lambda: Optimizing(config, parameters, self._replicas, self._transport, scale, originals)

@@ -17,7 +17,7 @@ from autopipe.engine.parameters import StageParameters
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.scaling import LossScale
 from autopipe.engine.transport import Transport
-from autopipe.errors import ConfigError
+from autopipe.errors import ConfigError, EngineError
 
 
 class Optimizing:
@@ -29,6 +29,7 @@ class Optimizing:
         masters: the fp32 copies that are stepped in the place of bf16 parameters, where the precision says so.
         grad_norm: the norm over all stages before clipping, in the last step.
         skipped: steps that were skipped because of an overflow.
+        accumulated: batches whose gradients wait for a step.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Optimizing:
         self.lr_scheduler: Any = None
         self.grad_norm: float | None = None
         self.skipped = 0
+        self.accumulated = 0
         self._make(originals)
 
     def mine(self) -> dict[str, nn.Parameter]:
@@ -85,14 +87,22 @@ class Optimizing:
         )
 
     def zero_grad(self) -> None:
-        """Clears the gradients of this rank, where there is an optimizer."""
-        if self._config.optimizer is not None:
+        """Clears the gradients of this rank, where there is an optimizer and none of them waits for a step."""
+        if self._config.optimizer is not None and not self.accumulated:
             for _, parameter in self._parameters.named_parameters():
                 parameter.grad = None
 
+    @property
+    def loss_factor(self) -> float:
+        """What a loss is multiplied by before its backward: the loss scale, over the batches of a step."""
+        return self.scale.scale / self._config.accumulate_batches
+
     def step(self) -> None:
-        """One step of the optimizer and the scheduler. Collective."""
+        """One step of the optimizer and the scheduler, once gradients of enough batches are there. Collective."""
         self._follow_thawed()
+        self.accumulated = (self.accumulated + 1) % self._config.accumulate_batches
+        if self.accumulated:
+            return
         finite = self.scale.unscale(list(self._parameters.trainable().values()), self._transport)
         if self._config.max_grad_norm is not None and finite:
             self.grad_norm = self._parameters.clip(self._config.max_grad_norm)
@@ -107,6 +117,16 @@ class Optimizing:
             self._replicas.share_parameters(self._parameters.trainable(), self.owner)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+
+    def require_stepped(self, what: str) -> None:
+        """Raises where gradients wait for a step: they are no part of a checkpoint."""
+        if self.accumulated:
+            raise EngineError(
+                f"{what} with the gradients of {self.accumulated} of {self._config.accumulate_batches} batches",
+                expected="a call after a step of the optimizer",
+                where="accumulate_batches",
+                remedy="call it after a multiple of accumulate_batches batches",
+            )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -1,36 +1,84 @@
-"""The outputs of a prediction: micro-batches and replicas put together, from the last stages to every rank."""
+"""The outputs of a prediction: micro-batches and replicas put together on the last stage, and sent to all ranks where they want them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.batch import MicroBatch
-from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
 from autopipe.engine.stage_run import StageRun
-from autopipe.errors import EngineError
+from autopipe.engine.transport import as_bytes
+from autopipe.errors import AutopipeError, EngineError
 
 Parts = list[tuple[int, list[Tensor]]]
 """For each micro-batch, its number of samples and its outputs."""
 
 
 def gather_outputs(
-    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], context: Context, layout: Layout
-) -> list[Tensor]:
-    """The graph's outputs over the whole batch, on the CPU of every rank. Collective."""
-    mine: Parts | None = None
-    for run in runs:
-        if run.stage == layout.num_stages - 1:
-            mine = [
-                (microbatch.num_samples, [run.results[m][i].detach().cpu() for i in sorted(run.results[m])])
-                for m, microbatch in enumerate(microbatches)
-            ]
-    parts = [part for rank in context.gather(mine) if rank is not None for part in rank]
-    sizes = [size for size, _ in parts]
-    return [_merge([outputs[i] for _, outputs in parts], sizes) for i in range(len(parts[0][1]))]
+    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], layout: Layout, *, everywhere: bool
+) -> list[Tensor] | None:
+    """The graph's outputs over the whole batch, on the CPU. Collective.
+
+    Args:
+        everywhere: on all ranks; otherwise on those of the last stage alone, and None on the others.
+
+    Raises:
+        EngineError: an output cannot be put together; on every rank.
+    """
+    outputs: list[Tensor] | None = None
+    error: AutopipeError | None = None
+    last = next((run for run in runs if run.stage == layout.num_stages - 1), None)
+    if last is not None:
+        parts = _of_all_replicas(_parts(last, microbatches), layout)
+        sizes = [size for size, _ in parts]
+        try:
+            outputs = [_merge([out[i] for _, out in parts], sizes) for i in range(len(parts[0][1]))]
+        except EngineError as caught:
+            error = caught
+    if layout.num_ranks > 1:
+        outputs, error = _share(outputs, error, layout, everywhere)
+    if error is not None:
+        raise error
+    return outputs
+
+
+def _parts(run: StageRun, microbatches: Sequence[MicroBatch]) -> Parts:
+    return [
+        (microbatch.num_samples, [run.results[m][i].detach().cpu() for i in sorted(run.results[m])])
+        for m, microbatch in enumerate(microbatches)
+    ]
+
+
+def _of_all_replicas(mine: Parts, layout: Layout) -> Parts:
+    if layout.data_parallel == 1:
+        return mine
+    gathered: list[Any] = [None] * layout.data_parallel
+    dist.all_gather_object(gathered, mine, group=layout.data_control)
+    return [part for parts in gathered for part in parts]
+
+
+def _share(
+    outputs: list[Tensor] | None, error: AutopipeError | None, layout: Layout, everywhere: bool
+) -> tuple[list[Tensor] | None, AutopipeError | None]:
+    """From the last stage to the other ranks of its replica: the error if there is one, and the outputs where they are wanted."""
+    group, source = layout.pipeline_control, layout.rank_of(layout.num_stages - 1)
+    header: list[Any] = [error, None if outputs is None else [(o.shape, o.dtype) for o in outputs]]
+    dist.broadcast_object_list(header, source, group=group)
+    if header[0] is not None or not everywhere:
+        return outputs, header[0]
+    if outputs is None:
+        shared = [torch.empty(shape, dtype=dtype) for shape, dtype in header[1]]
+    else:
+        shared = [o.contiguous() for o in outputs]
+    for tensor in shared:
+        if tensor.numel():
+            dist.broadcast(as_bytes(tensor), source, group=group)
+    return shared, None
 
 
 def _merge(parts: list[Tensor], sizes: list[int]) -> Tensor:

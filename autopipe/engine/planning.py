@@ -23,6 +23,9 @@ from autopipe.plan import SCHEDULES, Plan
 from autopipe.simulate import fastest_schedule, rescheduled
 from profiler.records import LinkProfile, Profile
 
+MASTER_STATES = 7.0
+"""Bytes beside each byte of a bf16 parameter and of a gradient like it: 2 of its master copy, 4 of Adam's, 1 since its gradient is fp32."""
+
 
 def shape_of(config: PipelineConfig, context: Context) -> tuple[int, int]:
     """The number of stages and of replicas for the processes of the launch.
@@ -92,6 +95,7 @@ def make_plan(
             num_microbatches=num_microbatches,
             link=link,
             recompute=config.recompute,
+            optimizer=MASTER_STATES if config.precision == "bf16-params" else "adam",
             memory_limit=memory_limit(config, context),
             data_parallel=layout.data_parallel,
             zero_stage=config.zero_stage,

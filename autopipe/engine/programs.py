@@ -117,6 +117,13 @@ def capture_program(
     return captured
 
 
+def capture_output(model: nn.Module, microbatch: MicroBatch, *, check: bool, modes: Callable[[], Any]) -> Captured:
+    """Captures what is to be planned where there is no target: up to the loss that the model returns, otherwise up to its output."""
+    with modes():
+        captured = capture(model, microbatch.args, microbatch.kwargs, check=check)
+    return captured if captured.loss is None else captured.loss_only()
+
+
 def make_program(
     captured: Captured,
     stage_of: Mapping[str, int],

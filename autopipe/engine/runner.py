@@ -69,7 +69,7 @@ class Runner:
         self._plan, self._owned, self._tie_groups, self._flags, self.seed = plan, owned, tuple(tie_groups), flags, seed
         self._modes = precision_context(config, context.device)
         self._parameters = list(model.parameters())
-        self._planned: dict[str, int] = {}
+        self.planned: dict[str, int] = {}
         self._random = RandomSource()
         self._failure = FailureBoard(context)
         self._programs: dict[str, Program] = {}
@@ -81,8 +81,7 @@ class Runner:
     def add_program(
         self, kind: Kind, training: bool, microbatch: MicroBatch, captured: Captured, stage_of: Mapping[str, int]
     ) -> None:
-        """Keeps the program of the graph that was planned; graphs with the same nodes are cut as it is. Collective."""
-        self._planned = dict(stage_of)
+        """Keeps the program of the graph that was planned. Collective."""
         self._keep(self._key(kind, training, microbatch), captured, stage_of)
 
     def _keep(self, key: str, captured: Captured, stage_of: Mapping[str, int]) -> Program:
@@ -128,8 +127,8 @@ class Runner:
                 captured = capture_program(
                     self._model, microbatch, kind, self._config.loss_fn, check=False, modes=self._modes
                 )
-            same_nodes = self._planned.keys() == {n.name for n in captured.nodes}
-            return captured, dict(self._planned) if same_nodes else follow(captured, self._owned)
+            same_nodes = self.planned.keys() == {n.name for n in captured.nodes}
+            return captured, dict(self.planned) if same_nodes else follow(captured, self._owned)
 
         captured, stage_of = self._context.agree(captured_here)
         self._context.require_equal(captured.graph_hash, "graph", "pass batches of the same shapes on all ranks")

@@ -90,14 +90,14 @@ class Transport:
     def send(self, flow: Flow, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Handle:
         """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
         flat = [
-            _bytes(t.detach().permute(s.order).contiguous()) for t, s in zip(tensors, specs, strict=True) if t.numel()
+            as_bytes(t.detach().permute(s.order).contiguous()) for t, s in zip(tensors, specs, strict=True) if t.numel()
         ]
         return Handle(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
         """Starts receiving into new tensors."""
         dense = [torch.empty([s.shape[d] for d in s.order], dtype=s.dtype, device=self._context.device) for s in specs]
-        works = self._issue("recv", flow, [_bytes(t) for t in dense if t.numel()])
+        works = self._issue("recv", flow, [as_bytes(t) for t in dense if t.numel()])
         return Handle(works, [t.permute(_inverse(s.order)) for t, s in zip(dense, specs, strict=True)])
 
     def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
@@ -151,7 +151,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(d) for d in range(len(order)))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """A dense tensor as bytes: every dtype travels, whatever the backend knows."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())

@@ -169,3 +169,28 @@ def test_without_a_loss_function_the_target_is_the_models() -> None:
     assert float(engine.train_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
     assert float(engine.eval_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
     engine.close()
+
+
+class Fp32Region(nn.Module):
+    """A layer that leaves autocast: its backward is to leave it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.exact, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            x = self.exact(x.float())
+        return self.last(x)
+
+
+def test_backwards_have_the_dtypes_of_their_forwards() -> None:
+    model, x, target = Fp32Region(), torch.randn(8, 8), torch.randn(8, 8)
+    plain = copy.deepcopy(model)
+    autopipe.pipeline(model, loss_fn=F.mse_loss, precision="bf16").train_batch(x, target=target)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.mse_loss(plain(x), target)
+    loss.backward()
+    for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), n
