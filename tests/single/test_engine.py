@@ -166,8 +166,8 @@ class TakesTarget(nn.Module):
 def test_without_a_loss_function_the_target_is_the_models() -> None:
     model, x, target = TakesTarget(), torch.randn(4, 4), torch.randn(4, 4)
     engine = autopipe.pipeline(model, num_microbatches=2)
-    assert float(engine.train_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
-    assert float(engine.eval_batch(x, target=target)) == pytest.approx(float(model(x, target)), rel=1e-6)
+    assert float(engine.train_batch(x, target=target)) == pytest.approx(model(x, target).item(), rel=1e-6)
+    assert float(engine.eval_batch(x, target=target)) == pytest.approx(model(x, target).item(), rel=1e-6)
     engine.close()
 
 
