@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch import Tensor
 import autopipe.checkpoint as checkpoint
 from autopipe.engine.context import Context
 from autopipe.errors import ConfigError
+
+_AFTER_AN_EXCEPTION_S = 5.0
 
 
 class Saver:
@@ -54,6 +58,7 @@ class Saver:
         if self._own is None:  # the training's own group is in use meanwhile
             group = dist.new_group(backend="gloo") if self._context.control is not None else None
             self._own = dataclasses.replace(self._context, control=group)
+            atexit.register(self._at_exit)
         copies = {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
         ranks = _ranks(self._own)
         checkpoint.expect_one_process()
@@ -64,7 +69,7 @@ class Saver:
             except Exception as caught:  # noqa: BLE001 (raised again by `wait`, on every rank)
                 self._failure = caught
 
-        self._thread = threading.Thread(target=work, name="autopipe checkpoint")
+        self._thread = threading.Thread(target=work, name="autopipe checkpoint", daemon=True)
         self._thread.start()
         return checkpoint.published(Path(directory), step)
 
@@ -90,6 +95,11 @@ class Saver:
         self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
         self._context.agree(lambda: _raise(failure))
+
+    def _at_exit(self) -> None:
+        """A program that ends without `close` waits too; one that an exception ends does not wait for ranks that may hang."""
+        if self._thread is not None:
+            self._thread.join(_AFTER_AN_EXCEPTION_S if hasattr(sys, "last_value") else None)
 
 
 def _raise(failure: Exception | None) -> None:
