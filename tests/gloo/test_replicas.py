@@ -34,12 +34,13 @@ def _two_by_two(name: str, zero_stage: int, num_steps: int, batch: int) -> dict[
         zero_stage=zero_stage,
         max_grad_norm=0.5,
     )
-    optimizer, loss_error = adam(plain.parameters()), 0.0
+    optimizer, loss_error, norm_error = adam(plain.parameters()), 0.0, 0.0
     for _ in range(num_steps):
         loss = engine.train_batch(*args, target=target, **kwargs)
         optimizer.zero_grad()
         expected = plain_step(plain, args, kwargs, target, loss_fn, 4)
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        norm = float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        norm_error = max(norm_error, abs(engine.grad_norm / norm - 1))
         optimizer.step()
         loss_error = max(loss_error, abs(float(loss) - expected) / abs(expected))
     state = engine.state_dict()
@@ -49,7 +50,14 @@ def _two_by_two(name: str, zero_stage: int, num_steps: int, batch: int) -> dict[
     output = engine.predict(*args, **kwargs)
     rows = (output if isinstance(output, Tensor) else output["logits"]).shape[0]
     engine.close()
-    return {"loss": loss_error, "parameters": max(trained.values()), "held": held, "total": total, "rows": rows}
+    return {
+        "loss": loss_error,
+        "norm": norm_error,
+        "parameters": max(trained.values()),
+        "held": held,
+        "total": total,
+        "rows": rows,
+    }
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
@@ -58,6 +66,7 @@ def test_two_replicas_of_two_stages_equal_the_plain_model_on_the_whole_batch(nam
     results = run_ranks(_two_by_two, 4, name, zero_stage, 10, BATCH)
     for result in results:
         assert result["loss"] <= 1e-5
+        assert result["norm"] <= 1e-5
         assert result["parameters"] <= 1e-5
         assert result["rows"] == BATCH
     for first, second in zip(results[:2], results[2:], strict=True):

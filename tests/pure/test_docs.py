@@ -80,6 +80,13 @@ def test_every_field_is_described() -> None:
             assert f"`{field.name}`" in text, f"{record.__name__}.{field.name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_that_are_named_are_there(page: Path) -> None:
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+        assert (ROOT / path).is_file(), f"{page.name}: {path}"
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
+
+
 def made_errors(path: Path) -> Iterator[ast.Call]:
     """The calls in a file that make an error of autopipe, under its own name or one that it was imported or passed under."""
     for node in ast.walk(ast.parse(path.read_text())):
