@@ -48,7 +48,7 @@ SHARES = (0.2, 0.4, 0.5, 0.6, 0.8)
 COUNTS = (2, 6)
 """Micro-batches of a step."""
 NUM_STEPS, NUM_ROUNDS = 3, 2
-MOST_FOREIGN, MOST_TRIES = 0.05, 8
+MOST_FOREIGN, MOST_TRIES = 0.05, 5
 """A step counts where other processes took at most this share of the machine; tried so often at most."""
 Key = tuple[float, int]
 

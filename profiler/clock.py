@@ -35,6 +35,16 @@ class HostClock:
         return (end - start) / 1e3
 
 
+class ThreadClock:
+    """The time that this thread ran on the CPU: what other processes took is not in it. For work of one thread."""
+
+    def mark(self) -> int:
+        return time.thread_time_ns()
+
+    def elapsed_us(self, start: int, end: int) -> float:
+        return (end - start) / 1e3
+
+
 class CudaClock:
     """CUDA events on the current stream, so that the host's wait is not part of the time."""
 
@@ -52,8 +62,10 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device: events on CUDA and ROCm, the host's counter elsewhere."""
-    return CudaClock(device) if device.type == "cuda" else HostClock(device)
+    """The clock of a device: events on CUDA and ROCm, the thread's own time on a CPU where torch has one, the host's counter elsewhere."""
+    if device.type == "cuda":
+        return CudaClock(device)
+    return ThreadClock() if device.type == "cpu" and torch.get_num_threads() == 1 else HostClock(device)
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
