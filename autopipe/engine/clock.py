@@ -24,11 +24,15 @@ class Span:
 
 
 class StepClock:
-    """Collects the spans of one step. `started_ns` is on the host's monotonic clock, which the ranks of one host share."""
+    """Collects the spans of one step. `started_ns` is on the host's monotonic clock, which the ranks of one host share.
+
+    `allocated_bytes` is the most memory beyond what was there at its start, 0 where that was not counted.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[tuple[Action, bool, Any, Any]] = []
+        self.allocated_bytes = 0
         self.started_ns = time.monotonic_ns()
         self._zero = self._now()
 

@@ -11,6 +11,7 @@ import torch
 from autopipe.engine.clock import Span, StepClock
 from autopipe.engine.stage_run import Step
 from autopipe.report.measured import MeasuredStage
+from autopipe.schedule import Action
 from autopipe.simulate import Event, Timeline
 
 KEPT_STEPS = 50
@@ -23,30 +24,27 @@ class Measurements:
         self._steps: deque[StepClock] = deque(maxlen=KEPT_STEPS)
         self._stages: Sequence[int] = ()
         self._count = 0
+        self._allocated_bytes = 0
 
     def add(self, step: Step, stages: Sequence[int]) -> None:
         """Keeps a step; the first, which warms everything up, is left out."""
         self._count += 1
         self._stages = stages
+        self._allocated_bytes = max(self._allocated_bytes, step.clock.allocated_bytes)
         if self._count > 1 and step.microbatches:
             self._steps.append(step.clock)
 
-    def summaries(self, device: torch.device) -> list[MeasuredStage]:
-        """Medians over the kept steps for each stage of this rank; none before the second step."""
-        steps = [clock.spans() for clock in self._steps]
-        return [self._summary(s, steps, device) for s in self._stages] if steps else []
+    def summaries(self, device: torch.device, held_bytes: int) -> list[MeasuredStage]:
+        """Medians over the kept steps for each stage of this rank; none before the second step.
 
-    def _summary(self, stage: int, steps: list[list[Span]], device: torch.device) -> MeasuredStage:
-        own = [[s for s in spans if s.action.stage == stage] for spans in steps]
-        return MeasuredStage(
-            index=stage,
-            num_steps=len(steps),
-            forward_us=statistics.median(s.end_us - s.start_us for spans in own for s in spans if _is(s, "F")),
-            backward_us=statistics.median(s.end_us - s.start_us for spans in own for s in spans if _is(s, "B")),
-            waiting_us=statistics.median(sum(s.end_us - s.start_us for s in spans if s.waiting) for spans in own),
-            step_us=statistics.median(max(s.end_us for s in spans) for spans in steps),
-            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-        )
+        Args:
+            held_bytes: parameters, buffers and optimizer state of this rank.
+        """
+        steps = [clock.spans() for clock in self._steps]
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        if self._allocated_bytes and len(self._stages) == 1:
+            peak = held_bytes + self._allocated_bytes
+        return [_summary(s, steps, peak) for s in self._stages] if steps else []
 
     def last_step(self) -> tuple[int, list[Span]] | None:
         """The start on the host's clock in nanoseconds, and the spans of the last step."""
@@ -55,8 +53,49 @@ class Measurements:
         return self._steps[-1].started_ns, self._steps[-1].spans()
 
 
-def _is(span: Span, kind: str) -> bool:
-    return span.action.kind == kind and not span.waiting
+def _summary(stage: int, steps: list[list[Span]], peak_bytes: int) -> MeasuredStage:
+    own = [[s for s in spans if s.action.stage == stage] for spans in steps]
+    return MeasuredStage(
+        index=stage,
+        num_steps=len(steps),
+        forward_us=statistics.median(t for spans in own for t in _times(spans, ("F",))),
+        backward_us=statistics.median(t for spans in own for t in _times(spans, ("B", "I", "W"))),
+        waiting_us=statistics.median(sum(s.end_us - s.start_us for s in spans if s.waiting) for spans in own),
+        step_us=statistics.median(max(s.end_us for s in spans) for spans in steps),
+        peak_bytes=peak_bytes,
+    )
+
+
+def _times(spans: Sequence[Span], kinds: tuple[str, ...]) -> list[float]:
+    """The time of each micro-batch in computes of these kinds: a backward may come in two parts."""
+    found: dict[int, float] = {}
+    for s in spans:
+        if not s.waiting and s.action.kind in kinds:
+            found[s.action.microbatch] = found.get(s.action.microbatch, 0.0) + s.end_us - s.start_us
+    return list(found.values())
+
+
+def transfer_times_us(ranks: Sequence[tuple[int, list[Span]] | None]) -> dict[int, float]:
+    """For each stage, how long it waited in the last step for messages that were already under way.
+
+    A wait before the sender has computed what it waits for is idle time; from then on it is the transfer's. The ranks of one host
+    share their clock, so that the two can be told apart.
+    """
+    steps = [r for r in ranks if r is not None]
+    made: dict[tuple[str, int, int], float] = {}
+    waits: list[tuple[str, Action, float, float]] = []
+    for started, spans in steps:
+        for s in spans:
+            start, end = started / 1e3 + s.start_us, started / 1e3 + s.end_us
+            if s.waiting:
+                waits.append(("F" if s.action.kind == "RECV_F" else "B", s.action, start, end))
+            elif s.action.kind in ("F", "B", "I"):
+                made["F" if s.action.kind == "F" else "B", s.action.stage, s.action.microbatch] = end
+    found: dict[int, float] = {}
+    for phase, action, start, end in waits:
+        ready = max(start, made.get((phase, action.peer, action.microbatch), start))
+        found[action.stage] = found.get(action.stage, 0.0) + max(0.0, end - ready)
+    return found
 
 
 def merge_timelines(ranks: Sequence[tuple[int, list[Span]] | None]) -> Timeline:

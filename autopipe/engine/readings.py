@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from autopipe.config import PipelineConfig
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
-from autopipe.engine.measure import Measurements, merge_timelines
+from autopipe.engine.measure import Measurements, merge_timelines, transfer_times_us
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.parameters import StageParameters
 from autopipe.engine.transport import Transport
@@ -38,9 +39,28 @@ class Readings:
         Args:
             format: `table`, `json`, `csv`, `md` or `html`.
         """
-        ranks = self._context.gather(self._measured.summaries(self._context.device))
-        first_replica = [s for stages in ranks[: self._layout.num_ranks] for s in stages]
-        return measured_report(self.plan, sorted(first_replica, key=lambda s: s.index), format)
+        ranks = self._context.gather(self._measured.summaries(self._context.device, self._held_bytes()))
+        steps = self._context.gather(self._measured.last_step())[: self._layout.num_ranks]
+        transfers = transfer_times_us(steps)
+        stages = [
+            dataclasses.replace(s, transfer_us=transfers.get(s.index, 0.0))
+            for summaries in ranks[: self._layout.num_ranks]
+            for s in summaries
+        ]
+        timeline = merge_timelines(steps) if stages else None
+        return measured_report(self.plan, sorted(stages, key=lambda s: s.index), format, timeline=timeline)
+
+    def _held_bytes(self) -> int:
+        """Parameters, buffers and optimizer state of this rank."""
+        if self._parameters is None:
+            return 0
+        held = [*(p for _, p in self._parameters.named_parameters()), *self._parameters.buffers()]
+        optimizer = self.optimizer
+        if optimizer is not None:
+            held += [p for group in optimizer.param_groups for p in group["params"]]
+            held += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
+        return sum(storages.values())
 
     def trace(self, path: str | Path) -> None:
         """Writes the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from autopipe.plan import Plan
 from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
 from autopipe.simulate import plan_costs
 from autopipe.stages import regions_of
+from profiler.memory import peak_memory
 
 MAX_PROGRAMS = 64
 """Signatures that are kept captured; the one used longest ago is dropped."""
@@ -74,6 +76,7 @@ class Runner:
         self._failure = FailureBoard(context)
         self._programs: dict[str, Program] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self._counted = False
         self.broken: EngineError | None = None
 
     # -- programs and schedules ---------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ class Runner:
         actions = schedule.actions[self._layout.pipeline_rank]
         grad = contextlib.nullcontext() if step.training else torch.no_grad()
         try:
-            with generators_kept(), grad, self._modes():
+            with generators_kept(), grad, self._modes(), self._memory(step):
                 run_actions(actions, runs, reduce, stage_done, lambda: self._begin_transfers(comparison, step))
                 for run in runs.values():
                     run.finish()
@@ -254,6 +257,20 @@ class Runner:
             raise
         except Exception as cause:
             raise self.fail(self._layout.stages[0], "the end of the step", cause) from cause
+
+    @contextlib.contextmanager
+    def _memory(self, step: Step) -> Iterator[None]:
+        """On a CPU, with AUTOPIPE_COUNT_MEMORY=1, counts what the first training step allocates: it warms up and is not timed.
+
+        It is asked for, since torch's allocator then writes a line to stderr about memory that it cannot count.
+        """
+        asked = os.environ.get("AUTOPIPE_COUNT_MEMORY") == "1" and self._context.device.type == "cpu"
+        if self._counted or not asked or not step.training or torch.autograd._profiler_enabled():
+            yield
+            return
+        with peak_memory(self._context.device) as peak:
+            yield
+        self._counted, step.clock.allocated_bytes = True, peak.num_bytes
 
     def fail(self, stage: int, phase: str, cause: BaseException) -> EngineError:
         """The error to raise on this rank after a failure here or elsewhere; the engine cannot be used afterwards."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from autopipe.plan import Plan
 from autopipe.report.plans import modules
-from autopipe.report.tables import Cell, Column, Table
+from autopipe.report.tables import MIB, Cell, Column, Table
+from autopipe.schedule import Costs
 from autopipe.simulate import plan_costs
 
 COLUMNS = (
@@ -18,7 +19,12 @@ COLUMNS = (
     Column(name="backward predicted ms", decimals=2),
     Column(name="measured ms", decimals=2),
     Column(name="compute error %", decimals=1),
-    Column(name="waiting ms", decimals=1),
+    Column(name="transfer predicted ms", decimals=1),
+    Column(name="measured ms", decimals=1),
+    Column(name="idle predicted ms", decimals=1),
+    Column(name="measured ms", decimals=1),
+    Column(name="peak predicted MiB", decimals=1),
+    Column(name="measured MiB", decimals=1),
 )
 
 
@@ -26,7 +32,8 @@ COLUMNS = (
 class MeasuredStage:
     """Medians over training steps, in microseconds: one forward, one backward, all waits of a step, the whole step; bytes at the peak.
 
-    `peak_bytes` is 0 where the device does not count allocations (a CPU).
+    `transfer_us` is the part of the waits of the last step in which a message was under way; the rest was idle. `peak_bytes` is 0
+    where it is not known: on a CPU unless AUTOPIPE_COUNT_MEMORY=1, and there for several stages on a rank.
     """
 
     index: int
@@ -36,6 +43,7 @@ class MeasuredStage:
     waiting_us: float
     step_us: float
     peak_bytes: int
+    transfer_us: float = 0.0
 
 
 def measured_parts(plan: Plan, measured: Sequence[MeasuredStage]) -> tuple[Table | str, ...]:
@@ -49,9 +57,14 @@ def measured_title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
 
 
 def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
+    costs, took_us = plan_costs(plan), max(s.step_us for s in measured)
     rows: list[tuple[Cell, ...]] = []
     for stage in measured:
         planned = plan.stages[stage.index]
+        exposed = _exposed_us(plan, costs, stage.index)
+        idle = plan.step_us - plan.num_microbatches * (planned.forward_us + planned.backward_us) - exposed
+        waited = took_us - plan.num_microbatches * (stage.forward_us + stage.backward_us) - stage.transfer_us
+        expected = planned.expected_peak_bytes or planned.peak_bytes
         predicted, took = planned.forward_us + planned.backward_us, stage.forward_us + stage.backward_us
         rows.append(
             (
@@ -62,10 +75,22 @@ def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
                 planned.backward_us / 1e3,
                 stage.backward_us / 1e3,
                 100 * (predicted / took - 1),
-                stage.waiting_us / 1e3,
+                exposed / 1e3,
+                stage.transfer_us / 1e3,
+                max(idle, 0.0) / 1e3,
+                max(waited, 0.0) / 1e3,
+                expected / MIB,
+                stage.peak_bytes / MIB if stage.peak_bytes else None,
             )
         )
     return Table(title="", columns=COLUMNS, rows=tuple(rows))
+
+
+def _exposed_us(plan: Plan, costs: Costs, stage: int) -> float:
+    """The time of a step that a stage is expected to spend on transfers which no compute hides."""
+    planned = plan.stages[stage]
+    busy = costs.forward_us[stage] + costs.backward_us[stage]
+    return plan.num_microbatches * max(busy - planned.forward_us - planned.backward_us, 0.0)
 
 
 def _summary(plan: Plan, measured: Sequence[MeasuredStage]) -> str:

@@ -60,8 +60,9 @@ def load_measured(path: str | Path) -> tuple[Plan, list[MeasuredStage]]:
 
 
 def _stage(plan: Plan, row: Any, where: str) -> MeasuredStage:
-    names = [f.name for f in dataclasses.fields(MeasuredStage)]
-    numbers = isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in names)
+    row = row if isinstance(row, dict) else {}
+    names = [f.name for f in dataclasses.fields(MeasuredStage) if f.default is dataclasses.MISSING or f.name in row]
+    numbers = all(isinstance(row.get(name), (int, float)) for name in names)
     if not numbers or not 0 <= row["index"] < plan.num_stages:
         raise ConfigError(
             "a stage that cannot be read", expected=f"numbers for {', '.join(names)}", where=where, remedy=REMEDY
