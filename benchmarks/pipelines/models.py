@@ -62,7 +62,7 @@ def _sleep(seconds: float) -> None:
 
 
 class Sleeper(nn.Module):
-    """x + w, where the forward, the gradient of x and the gradient of w each sleep."""
+    """x + w, where the forward, the gradient of the sum and the gradient of w each sleep."""
 
     def __init__(self, forward_s: float, input_s: float, weight_s: float, width: int = 16) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Sleeper(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         forward_s, input_s, weight_s = self.seconds
-        return _Nap.apply(x, forward_s, input_s) + _Nap.apply(self.w, 0.0, weight_s)
+        return _Nap.apply(x + _Nap.apply(self.w, 0.0, weight_s), forward_s, input_s)  # type: ignore[no-any-return]
 
 
 def mean_square(output: Tensor, target: Tensor) -> Tensor:
