@@ -1,0 +1,113 @@
+"""Tensors of every kind arrive as they were sent, matched by order alone, over a group for each direction."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopipe.engine.context import make_context
+from autopipe.engine.transport import TensorSpec, Transport
+from tests.gloo.launch import run_ranks
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=tensor.stride())
+
+
+def samples() -> dict[str, Tensor]:
+    """One of each kind, the same on every rank."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, generator=g)
+    return {
+        "float32": x,
+        "float64": x.double(),
+        "bfloat16": x.bfloat16(),
+        "float16": x.half(),
+        "int64": (100 * x).long(),
+        "uint8": (100 * x.abs()).byte(),
+        "bool": x > 0,
+        "complex64": torch.complex(x, -x),
+        "conjugated": torch.complex(x, -x).conj(),
+        "float8": x.to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(7.5),
+        "empty": torch.zeros(0, 4),
+        "empty inside": torch.zeros(3, 0, 2, dtype=torch.int32),
+        "transposed": x.transpose(0, 2),
+        "channels last": torch.randn(2, 3, 4, 5, generator=g).to(memory_format=torch.channels_last),
+        "slice": x[:, ::2],
+        "expanded": x[:1].expand(3, 4, 5),
+        "requires grad": x.clone().requires_grad_(),
+    }
+
+
+def _exchange() -> dict[str, Any]:
+    context = make_context("cpu")
+    transport = Transport(context)
+    transport.open([(0, 1), (1, 0)])
+    mine, peer = context.rank, 1 - context.rank
+    found = {}
+    for name, tensor in samples().items():
+        handle = transport.send((mine, peer), [tensor], [spec_of(tensor)])
+        (arrived,) = transport.recv((peer, mine), [spec_of(tensor)]).join()
+        handle.join()
+        same = torch.equal(arrived.view(torch.uint8) if "float8" in name else arrived, _plain(tensor, name))
+        found[name] = (same, arrived.dtype == tensor.dtype, arrived.stride(), arrived.requires_grad)
+    together = list(samples().values())
+    handle = transport.send((mine, peer), together, [spec_of(t) for t in together])
+    arrived_together = transport.recv((peer, mine), [spec_of(t) for t in together]).join()
+    handle.join()
+    found["together"] = all(
+        torch.equal(_plain(a, n), _plain(t, n)) for a, (n, t) in zip(arrived_together, samples().items(), strict=True)
+    )
+    transport.close()
+    dist.destroy_process_group()
+    return found
+
+
+def _plain(tensor: Tensor, name: str) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.contiguous().view(torch.uint8) if "float8" in name else tensor
+
+
+def test_every_kind_of_tensor_arrives_as_it_was_sent() -> None:
+    for found in run_ranks(_exchange, 2):
+        assert found.pop("together")
+        for name, (same, same_dtype, stride, requires_grad) in found.items():
+            assert same and same_dtype and not requires_grad, name
+            tensor = samples()[name]
+            if name in ("transposed", "channels last"):
+                assert stride == tensor.stride(), "a dense tensor lies in memory as it did"
+
+
+def _in_order(num_messages: int) -> bool:
+    """Both directions at once, with delays: no tag tells messages apart, only their order does."""
+    context = make_context("cpu")
+    transport = Transport(context)
+    transport.open([(1, 0)])
+    transport.open([(0, 1), (1, 0)])  # what is open stays
+    mine, peer = context.rank, 1 - context.rank
+    delays = random.Random(mine)
+    spec, handles, right = TensorSpec(shape=(1000,), dtype=torch.int64, stride=(1,)), [], True
+    receives = [transport.recv((peer, mine), [spec])]
+    for i in range(num_messages):
+        time.sleep(delays.choice([0.0, 0.0, 0.003]))
+        handles.append(transport.send((mine, peer), [torch.full((1000,), 100 * mine + i)], [spec]))
+        if i + 1 < num_messages:
+            receives.append(transport.recv((peer, mine), [spec]))  # one ahead of the one that is needed
+        (arrived,) = receives[i].join()
+        right = right and bool((arrived == 100 * peer + i).all())
+    for handle in handles:
+        handle.join()
+    done = all(handle.done() and not handle.held for handle in handles)
+    transport.close()
+    dist.destroy_process_group()
+    return right and done
+
+
+def test_order_is_the_only_matching() -> None:
+    assert run_ranks(_in_order, 2, 30) == [True, True]
