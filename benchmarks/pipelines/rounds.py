@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autopipe.engine.split_backward import Division, input_gradients
 from benchmarks.pipelines.peers import PEERS, Sgd, Step
 
 
 def timed_rounds(steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each step, peers in turn, the first of each round another one; a barrier stands before and after each."""
+    """Seconds of each step, peers in turn, the first of each round another one; a barrier stands before each."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warm_up + num_rounds):
@@ -24,7 +26,6 @@ def timed_rounds(steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: 
             dist.barrier()
             start = time.perf_counter()
             steps[name]()
-            dist.barrier()
             if i >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -59,8 +60,8 @@ def compare(
     losses = {n: [step() for _ in range(2)] for n, step in steps.items()}
     rank, each = dist.get_rank(), len(layers) // dist.get_world_size()
     alone = plain_stage(layers[each * rank : each * (rank + 1)], batch, num_microbatches)
-    times = timed_rounds({**steps, "plain": alone}, num_rounds)
-    return {"times": times, "losses": losses}
+    times = timed_rounds({**steps, "alone": alone}, num_rounds)
+    return {"times": times, "alone": times.pop("alone"), "losses": losses}
 
 
 def extra_memory(
@@ -76,6 +77,27 @@ def extra_memory(
     dist.barrier()
     step()
     return (_status("VmHWM") - before) / 1e3
+
+
+def divided(make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of the backward of the layers, whole and in its two parts, in turn."""
+    layers, batch, target, _ = make()
+    module, times = nn.Sequential(*layers), dict[str, list[float]](whole=[], inputs=[], weights=[])
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        times[name].append(time.perf_counter() - start)
+        return result
+
+    for _ in range(num_rounds):
+        x = batch.clone().requires_grad_()
+        y = module(x)
+        timed("whole", partial(torch.autograd.backward, [y], [target]))
+        y = module(x)
+        rest = timed("inputs", partial(input_gradients, [y], [target], [x], Division()))
+        timed("weights", rest.run)
+    return times
 
 
 def _status(key: str) -> float:

@@ -1,0 +1,145 @@
+"""The engine beside its peers: the same layers, split and data under autopipe, torch's Schedule1F1B and DeepSpeed's pipeline engine.
+
+    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,torch,deepspeed] [-o FILE]
+
+compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
+memory:  what a step adds to the resident memory of each of 3 processes, 64 micro-batches of 4 MB.
+sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time.
+divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
+
+One thread a process, gloo. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, backward, optimizer),
+measured in the same rounds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from benchmarks.pipelines import rounds  # noqa: E402
+from benchmarks.pipelines.launch import on_ranks  # noqa: E402
+from benchmarks.pipelines.models import Residual, Transformer, mean_square  # noqa: E402
+from benchmarks.pipelines.sleepers import simulated_s, sleeping_peers, sleeping_schedules  # noqa: E402
+
+NUM_STAGES, NUM_MICROBATCHES = 2, 8
+# name, kind of layer, width, shape of a micro-batch without the width, layers of a stage
+SIZES = (
+    ("mlp 1", "mlp", 64, (32,), 2),
+    ("mlp 2", "mlp", 128, (32,), 2),
+    ("mlp 4", "mlp", 128, (64,), 3),
+    ("mlp 10", "mlp", 256, (64,), 3),
+    ("mlp 15", "mlp", 256, (96,), 3),
+    ("mlp 20", "mlp", 256, (128,), 3),
+    ("gpt2 dropout", "gpt", 128, (4, 64), 2),
+)
+
+
+def make(kind: str, width: int, shape: tuple[int, ...], each: int, num_stages: int, num_microbatches: int) -> Any:
+    """Layers, batch, target and loss, the same on every rank."""
+    torch.manual_seed(0)
+    layers = [Residual(width) if kind == "mlp" else Transformer(width) for _ in range(each * num_stages)]
+    batch = torch.randn(shape[0] * num_microbatches, *shape[1:], width)
+    return layers, batch, torch.randn_like(batch), mean_square
+
+
+def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, kind, width, shape, each in SIZES:
+        built = partial(make, kind, width, shape, each, NUM_STAGES, NUM_MICROBATCHES)
+        ranks = on_ranks(rounds.compare, NUM_STAGES, built, NUM_MICROBATCHES, peers, num_rounds)
+        alone_ms = max(rounds.median_ms(rank["alone"]) for rank in ranks) / NUM_MICROBATCHES
+        ideal_ms = (NUM_MICROBATCHES + NUM_STAGES - 1) * alone_ms
+        times = {n: [max(both) for both in zip(*(r["times"][n] for r in ranks), strict=True)] for n in peers}
+        medians = {n: rounds.median_ms(t) for n, t in times.items()}
+        row: dict[str, Any] = {"stages": name, "stage ms": alone_ms, "ideal ms": ideal_ms}
+        for n in peers:
+            low, _, high = statistics.quantiles(times[n], n=4)
+            row |= {f"{n} ms": medians[n], f"{n} quartiles": f"{1e3 * low:.1f} to {1e3 * high:.1f}"}
+        row["over ideal"] = medians["autopipe"] / ideal_ms
+        row |= {f"of {n}": medians["autopipe"] / medians[n] for n in peers if n != "autopipe"}
+        if kind == "mlp":  # peers draw other random numbers
+            losses = [ranks[-1]["losses"][n] for n in peers]
+            assert all(torch.allclose(torch.tensor(x), torch.tensor(losses[0]), rtol=1e-5) for x in losses), losses
+        rows.append(row)
+        print(f"{name}: {row}", file=sys.stderr, flush=True)
+    return rows
+
+
+def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    built = partial(make, "mlp", 512, (2048,), 1, 3, 64)
+    found = {n: on_ranks(rounds.extra_memory, 3, built, 64, n) for n in peers}
+    return [{"rank": r} | {f"{n} MB": found[n][r] for n in peers} for r in range(3)]
+
+
+def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for num_ranks in (4, 8):
+        measured = on_ranks(sleeping_schedules, num_ranks, num_rounds)
+        others = on_ranks(sleeping_peers, num_ranks, tuple(n for n in peers if n != "autopipe"), num_rounds)
+        for name in measured[0]:
+            took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in measured), strict=True)])
+            expected = 1e3 * simulated_s(name, num_ranks)
+            rows.append(
+                {"processes": num_ranks, "schedule": f"autopipe {name}", "step ms": took, "simulated ms": expected}
+                | {"over simulated": took / expected}
+            )
+        for name in others[0]:
+            took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in others), strict=True)])
+            expected = 1e3 * simulated_s("1f1b", num_ranks)
+            rows.append(
+                {"processes": num_ranks, "schedule": f"{name} 1f1b", "step ms": took, "simulated ms": expected}
+                | {"over simulated": took / expected}
+            )
+    return rows
+
+
+def divide(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, kind, width, shape, each in SIZES:
+        (found,) = on_ranks(rounds.divided, 1, partial(make, kind, width, shape, each, 1, 1), num_rounds)
+        whole, parts = rounds.median_ms(found["whole"]), (rounds.median_ms(found[k]) for k in ("inputs", "weights"))
+        first, second = parts
+        rows.append(
+            {"stages": name, "whole ms": whole, "inputs ms": first, "weights ms": second}
+            | {"over whole": (first + second) / whole}
+        )
+    return rows
+
+
+PARTS = {"compute": compute, "memory": memory, "sleep": sleep, "divide": divide}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them where none is named")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--peers", default="autopipe,torch,deepspeed")
+    parser.add_argument("-o", "--output", type=Path, default=Path("engine.json"))
+    options = parser.parse_args()
+    peers = tuple(options.peers.split(","))
+    if importlib.util.find_spec("deepspeed") is None:
+        peers = tuple(p for p in peers if p != "deepspeed")
+    results = {name: PARTS[name](peers, options.rounds) for name in options.parts or PARTS}
+    for name, rows in results.items():
+        print(f"\n{name}\n{tabulate(rows, headers='keys', floatfmt='.3g')}")
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__}
+    load = {"load average": os.getloadavg()[0]}
+    options.output.write_text(json.dumps({**machine, **load, "rounds": options.rounds, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

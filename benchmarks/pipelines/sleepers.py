@@ -1,0 +1,49 @@
+"""Stages that sleep: their schedules' step times on this rank, and what the simulator says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autopipe.schedule import Costs, Edge, build_schedule
+from autopipe.simulate import simulate_schedule
+from benchmarks.pipelines.models import Sleeper, mean_square
+from benchmarks.pipelines.peers import PEERS, autopipe_step
+from benchmarks.pipelines.rounds import timed_rounds
+
+NAP_S, NUM_MICROBATCHES = 0.01, 8
+STAGES_A_RANK = {"1f1b": 1, "zb-h1": 1, "interleaved": 2}
+
+
+def simulated_s(schedule: str, num_ranks: int) -> float:
+    """The step of stages of two sleepers, or of one under interleaving."""
+    num_stages = num_ranks * STAGES_A_RANK[schedule]
+    edges, nap_us = [Edge(s, s + 1) for s in range(num_stages - 1)], 1e6 * NAP_S * 2 / STAGES_A_RANK[schedule]
+    costs = Costs(forward_us=(nap_us,) * num_stages, backward_us=(2 * nap_us,) * num_stages)
+    actions = build_schedule(schedule, num_stages, NUM_MICROBATCHES, edges, costs=costs, num_ranks=num_ranks)
+    return simulate_schedule(actions, costs).makespan_us / 1e6
+
+
+def _layers() -> tuple[list[Any], torch.Tensor]:
+    num_ranks = torch.distributed.get_world_size()
+    return [Sleeper(NAP_S, NAP_S, NAP_S) for _ in range(2 * num_ranks)], torch.randn(NUM_MICROBATCHES, 16)
+
+
+def sleeping_schedules(num_rounds: int) -> dict[str, list[float]]:
+    """autopipe's schedules in turn."""
+    layers, batch = _layers()
+    num_ranks = torch.distributed.get_world_size()
+    steps = {
+        name: autopipe_step(
+            layers, batch, batch, mean_square, NUM_MICROBATCHES, schedule=name, num_stages=several * num_ranks
+        )
+        for name, several in STAGES_A_RANK.items()
+    }
+    return timed_rounds(steps, num_rounds)
+
+
+def sleeping_peers(peers: tuple[str, ...], num_rounds: int) -> dict[str, list[float]]:
+    """The others' 1F1B in turn."""
+    layers, batch = _layers()
+    return timed_rounds({n: PEERS[n](layers, batch, batch, mean_square, NUM_MICROBATCHES) for n in peers}, num_rounds)
