@@ -47,12 +47,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The messages of one stage, by the stage at the other end: activations that come and go, and gradients that come and go."""
+    """The messages of one stage, by the stage at the other end: activations that come and go, and gradients that come and go.
+
+    `reads_batch`: it also takes tensors of the caller's micro-batch.
+    """
 
     received: Mapping[int, Message]
     sent: Mapping[int, Message]
     gradients_received: Mapping[int, Message]
     gradients_sent: Mapping[int, Message]
+    reads_batch: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +169,7 @@ def _route(specs: tuple[StageSpec, ...], stage: int) -> Route:
         sent=sent,
         gradients_received=_with_gradient({t: specs[t].received_from(stage) for t in targets}),
         gradients_sent=_with_gradient({s: spec.received_from(s) for s in sources}),
+        reads_batch=any(i.source == MODEL_INPUT for i in spec.inputs),
     )
 
 

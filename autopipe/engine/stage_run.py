@@ -123,10 +123,10 @@ class StageRun:
     def forward(self, m: int) -> None:
         """Runs the forward of micro-batch m."""
         program = self.step.programs[m]
-        spec = program.specs[self.stage]
-        given = self.step.microbatches[m].tensors(self.step.with_target)
+        spec, route = program.specs[self.stage], self._route(m)
+        given = self.step.microbatches[m].tensors(self.step.with_target) if route.reads_batch else []
         received: dict[str, Tensor] = {}
-        for source, message in self._route(m).received.items():
+        for source, message in route.received.items():
             received.update(zip(message.names, self._arrived("RECV_F", m, source) or (), strict=True))
         inputs = [
             given[i.position]

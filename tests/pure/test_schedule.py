@@ -43,6 +43,16 @@ def test_every_chain_and_longest_skip(kind: str) -> None:
             check_schedule(build_schedule(kind, num_stages, num_microbatches, skip, reductions=[(0, num_stages - 1)]))
 
 
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "zb-h1"])
+def test_every_single_skip(kind: str) -> None:
+    for num_stages in range(3, 9):
+        skips = [(s, t) for s, t in itertools.combinations(range(num_stages), 2) if t > s + 1]
+        for skip, num_microbatches in itertools.product(skips, sorted({1, num_stages - 1, num_stages + 1, 16})):
+            for backward in (True, False):
+                edges = [*chain(num_stages), Edge(*skip, backward)]
+                check_schedule(build_schedule(kind, num_stages, num_microbatches, edges, reductions=[skip]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_stage_graphs_costs_and_reductions(kind: str) -> None:
     rnd = random.Random(0)
