@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from functools import partial
 
@@ -68,12 +69,16 @@ def build() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     engine = autopipe.pipeline(
         UNet(), loss_fn=F.mse_loss, optimizer=partial(torch.optim.Adam, lr=2e-3), num_microbatches=6
     )
-    for step in range(60):
+    for step in range(options.steps):
         clean = pictures(24, 32, generator)
         noisy = clean + 0.5 * torch.randn(clean.shape, generator=generator)
         loss = engine.train_batch(noisy.to(engine.device), target=clean.to(engine.device))

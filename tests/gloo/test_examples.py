@@ -19,8 +19,8 @@ SHORT = {
     "mixture_of_experts": ["--steps", "2"],
     "replicas_zero1": ["--epochs", "1", "--samples", "256"],
     "plain_loop": ["--steps", "2"],
-    "train_and_evaluate": ["--epochs", "1", "--windows", "256", "--checkpoints", "{tmp}"],
-    "unet_skips": [],
+    "train_and_evaluate": ["--epochs", "1", "--windows", "128", "--checkpoints", "{tmp}"],
+    "unet_skips": ["--steps", "2"],
     "transformers_gpt2": [],
 }
 LAUNCHED_OTHERWISE = {"dry_run_7b": "tests/single/test_cli.py"}

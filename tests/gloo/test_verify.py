@@ -72,13 +72,28 @@ def noisy() -> tuple[nn.Module, tuple[Tensor], dict[str, Any]]:
     return Noisy(), (torch.randn(8, 8),), {}
 
 
-@pytest.mark.parametrize(("example", "num_stages"), [("train_gpt.py", 2), ("unet_skips.py", 3)])
+WITHOUT_LOSS = {"unet_skips.py", "resnet.py", "replicas_zero1.py", "plain_loop.py", "train_and_evaluate.py"}
+
+
+@pytest.mark.parametrize(
+    ("example", "num_stages"),
+    [
+        ("train_gpt.py", 2),
+        ("unet_skips.py", 3),
+        ("resnet.py", 2),
+        ("encoder_decoder.py", 2),
+        ("mixture_of_experts.py", 2),
+        ("replicas_zero1.py", 2),
+        ("plain_loop.py", 2),
+        ("train_and_evaluate.py", 2),
+    ],
+)
 def test_examples_pass(example: str, num_stages: int) -> None:
     build = functools.partial(load_parts, f"{EXAMPLES / example}:build")
     found = verify(build, num_stages=num_stages, num_microbatches=4)
     assert found.equal, verification_report(found)
     assert max(d.error for d in found.differences) < 1e-6
-    assert found.surrogate == (example == "unet_skips.py")
+    assert found.surrogate == (example in WITHOUT_LOSS)
 
 
 def test_dropout_is_off_and_running_statistics_are_compared() -> None:
