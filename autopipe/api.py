@@ -100,7 +100,8 @@ def pipeline(
         device=context.device,
         seed=seed,
     )
-    engine = Engine(model, config, context)
-    if example_args or example_kwargs:
-        engine.prepare(engine.split(example_args, example_kwargs or {}, example_target)[0])
+    with context.watcher.call():
+        engine = Engine(model, config, context)
+        if example_args or example_kwargs:
+            engine.prepare(engine.split(example_args, example_kwargs or {}, example_target)[0])
     return engine

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import autopipe.checkpoint as checkpoint
 from autopipe.engine.context import Context
+from autopipe.engine.watcher import Watcher
 from autopipe.errors import ConfigError
 
 _AFTER_AN_EXCEPTION_S = 5.0
@@ -56,8 +57,8 @@ class Saver:
         if not asynchronous:
             return checkpoint.write(directory, step, tensors, fixed, ranks=_ranks(self._context), keep=keep)
         if self._own is None:  # the training's own group is in use meanwhile
-            group = dist.new_group(backend="gloo") if self._context.control is not None else None
-            self._own = dataclasses.replace(self._context, control=group)
+            group = self._context.new_group(backend="gloo") if self._context.control is not None else None
+            self._own = dataclasses.replace(self._context, control=group, watcher=Watcher(self._context.rank))
             atexit.register(self._at_exit)
         copies = {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
         ranks = _ranks(self._own)
@@ -80,7 +81,8 @@ class Saver:
         running, failed = self._thread.is_alive(), self._failure is not None
         seen = torch.tensor([int(running), int(failed)])
         if self._context.control is not None:
-            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._context.control)
+            with self._context.watcher.waiting():
+                dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._context.control)
         if seen[1] or not seen[0]:
             self.wait()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autopipe.engine.watcher import Watcher
 from autopipe.schedule import Action
 
 
@@ -29,8 +30,8 @@ class StepClock:
     `allocated_bytes` is the most memory beyond what was there at its start, 0 where that was not counted.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, watcher: Watcher) -> None:
+        self._device, self._watcher = device, watcher
         self._marks: list[tuple[Action, bool, Any, Any]] = []
         self.allocated_bytes = 0
         self.started_ns = time.monotonic_ns()
@@ -45,7 +46,8 @@ class StepClock:
 
     @contextlib.contextmanager
     def span(self, action: Action, *, waiting: bool = False) -> Iterator[None]:
-        """Times what runs inside."""
+        """Times what runs inside, and lets the watcher know of it."""
+        self._watcher.enter(action, waiting)
         start = self._now()
         yield
         self._marks.append((action, waiting, start, self._now()))

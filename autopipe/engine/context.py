@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from autopipe.engine.watcher import Watcher
+from autopipe.engine.watching import start_watching, wake
 from autopipe.errors import AutopipeError, ConfigError, EngineError
 
 T = TypeVar("T")
@@ -24,6 +26,8 @@ class Context:
         device: where this rank's stage runs.
         control: a gloo group over all ranks for small messages on the CPU; None with one process.
         owns_world: the default process group was made here, and is destroyed on closing.
+        watcher: tells the other ranks of failures here, and raises theirs.
+        groups: the process groups that the engine has made.
     """
 
     rank: int
@@ -31,6 +35,19 @@ class Context:
     device: torch.device
     control: Any = None
     owns_world: bool = False
+    watcher: Watcher = field(default_factory=Watcher)
+    groups: list[Any] = field(default_factory=list)
+
+    def new_group(self, ranks: Sequence[int] | None = None, **options: Any) -> Any:
+        """A process group, whose connections end with a failure of the run. Collective over all ranks."""
+        group = dist.new_group(None if ranks is None else sorted(ranks), **options)
+        self.keep(group)
+        return group
+
+    def keep(self, group: Any) -> None:
+        """Takes note of a group that this rank may be in."""
+        if group is not dist.GroupMember.NON_GROUP_MEMBER and group not in self.groups:
+            self.groups.append(group)
 
     @property
     def num_local(self) -> int:
@@ -42,7 +59,8 @@ class Context:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        with self.watcher.waiting():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -89,10 +107,15 @@ class Context:
                 )
 
     def close(self) -> None:
-        """Leaves the process group that was made here."""
-        if self.owns_world and dist.is_initialized():
-            dist.destroy_process_group()
-        self.control = None
+        """Says goodbye to the other ranks, then destroys the process groups that the engine has made; peers that wait in them get an error."""
+        self.watcher.close()
+        groups, self.groups, self.control = self.groups, [], None
+        if dist.is_initialized():
+            for group in groups:
+                if group is not dist.GroupMember.WORLD:  # a mesh of replicas alone gives the world itself
+                    dist.destroy_process_group(group)
+            if self.owns_world:
+                dist.destroy_process_group()
 
 
 def _portable(error: Exception | None, rank: int) -> Exception | None:
@@ -109,6 +132,7 @@ def make_context(device: torch.device | str | None) -> Context:
 
     Raises:
         ConfigError: the device is not there.
+        EngineError: the ranks cannot reach each other.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not dist.is_initialized() and not launched:
@@ -123,10 +147,11 @@ def make_context(device: torch.device | str | None) -> Context:
         )
     if dist.get_world_size() == 1:
         return Context(rank=0, world_size=1, device=chosen, owns_world=owns)
-    control = dist.new_group(backend="gloo")
-    return Context(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), device=chosen, control=control, owns_world=owns
-    )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, watcher=Watcher(rank))
+    context.control = context.new_group(backend="gloo")
+    start_watching(context.watcher, world_size, context.gather, lambda: wake(context.groups, rank))
+    return context
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -29,6 +29,7 @@ from autopipe.engine.runner import Runner
 from autopipe.engine.saving import collect, load
 from autopipe.engine.scaling import LossScale
 from autopipe.engine.share import Share, share_of
+from autopipe.engine.watcher import watched
 from autopipe.placement import owners, with_unread
 from autopipe.stages import placement
 
@@ -46,6 +47,7 @@ class Engine(IteratorFront):
         super().__init__(config, context, layout, num_microbatches_of(config, num_stages))
         self._model = model
         self._replicas = Replicas(layout, config.zero_stage)
+        self.watcher.stage = layout.stages[0]
         self._flags = {m: m.training for m in model.modules()}
         self._runner: Runner | None = None
         self._saver = Saver(context)
@@ -54,6 +56,7 @@ class Engine(IteratorFront):
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
+    @watched
     def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """One training step on a whole batch.
 
@@ -86,19 +89,25 @@ class Engine(IteratorFront):
             stage_done=lambda stage: self._reduce_replicas(parameters.of_stage(stage, tied=False)),
         )
         self._reduce_replicas(parameters.tied_here())
-        self._replicas.finish_reduce()
-        self._replicas.share_buffers(parameters.buffers())
+        with self.watcher.waiting("summing the gradients of the replicas"):
+            self._replicas.finish_reduce()
+            self._replicas.share_buffers(parameters.buffers())
         parameters.put_back(earlier)
-        loss = runner.share_loss(step)
+        with self.watcher.waiting("sharing the loss"):
+            loss = runner.share_loss(step)
+        self.watcher.enter("the optimizer's step")
         optimizing.step()
         self.steps += 1
         self._measured.add(step, self._layout.stages)
+        self.watcher.tell_paces(self._measured.paces(self.plan))
         return loss
 
+    @watched
     def eval_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """The mean loss of a batch in evaluation mode: forward only, nothing kept. Arguments and result as in `train_batch`."""
         return self._evaluated(args, kwargs, target)[0]
 
+    @watched
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for a batch in evaluation mode, in the model's own structure, on every rank (see `predict_on`).
 
@@ -126,18 +135,21 @@ class Engine(IteratorFront):
         self._require_plan("named_parameters()")
         return self._placed().named_parameters()
 
+    @watched
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state under the model's names, on the CPU of every rank. All ranks must call it."""
         self._require_plan("state_dict()")
         self._saver.check()
         return self._placed().state_dict(self._optimizer().masters.of)
 
+    @watched
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a whole model's state; each rank takes its share."""
         self._require_plan("load_state_dict()")
         self._saver.check()
         self._placed().load_state_dict(state, self._optimizer().masters.of)
 
+    @watched
     def save_checkpoint(
         self,
         directory: str | Path,
@@ -179,6 +191,7 @@ class Engine(IteratorFront):
         number = self.steps if step is None else step
         return self._saver.save(directory, number, tensors, meta, keep=keep, asynchronous=asynchronous)
 
+    @watched
     def load_checkpoint(self, directory: str | Path) -> Any:
         """Reads the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
 
@@ -210,16 +223,25 @@ class Engine(IteratorFront):
         return DistributedSampler(dataset, layout.data_parallel, layout.replica, shuffle=shuffle, seed=seed)
 
     def close(self) -> None:
-        """Waits for a checkpoint that is being written, and leaves the process groups that the engine has made.
+        """Waits for a checkpoint that is being written, leaves the other ranks, and destroys the process groups that the engine has made.
 
         The engine cannot be used afterwards.
         """
         try:
-            if self._runner is None or self._runner.broken is None:
+            if not self.watcher.failed:
                 self._saver.wait()
         finally:
             self._transport.close()
             self._context.close()
+
+    def __enter__(self) -> Engine:
+        """`with autopipe.pipeline(model) as engine:` closes the engine; an exception inside is told to all ranks."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.watcher.leave(error)
+        self.close()
 
     # -- the first batch ----------------------------------------------------------------------------------------------
 
@@ -294,8 +316,6 @@ class Engine(IteratorFront):
         return split(args, kwargs, target, self._num_microbatches * replicas)
 
     def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
-        if self._runner is not None and self._runner.broken is not None:
-            raise self._runner.broken
         self._saver.check()
         microbatches = self.split(args, kwargs, target)
         if self._plan is not None:
@@ -303,6 +323,7 @@ class Engine(IteratorFront):
         return microbatches
 
     def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> Share:
+        self.watcher.enter("weighing the micro-batches")
         return share_of(
             microbatches,
             self._config,
@@ -324,13 +345,16 @@ class Engine(IteratorFront):
         return self._ready().run(kind, False, share, self.steps, reduce=_nothing, stage_done=_nothing)
 
     def _reduce_tied(self, group: int) -> None:
-        self._placed().reduce_tied(group)
+        with self.watcher.waiting("summing the gradients of tied parameters"):
+            self._placed().reduce_tied(group)
 
     def _reduce_replicas(self, parameters: list[nn.Parameter]) -> None:
         """Starts summing gradients over the replicas; those that a replica has not used count as zero."""
         if self._replicas.single:
             return
-        used = [p for p, u in zip(parameters, self._replicas.used_anywhere(parameters), strict=True) if u]
+        with self.watcher.waiting("summing the gradients of the replicas"):
+            used_anywhere = self._replicas.used_anywhere(parameters)
+        used = [p for p, u in zip(parameters, used_anywhere, strict=True) if u]
         for parameter in used:
             if parameter.grad is None:
                 parameter.grad = zero_gradient(parameter)

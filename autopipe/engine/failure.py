@@ -1,78 +1,76 @@
-"""A rank that fails makes all ranks fail, soon, with the first rank's message: the cause is left in the store, connections are closed."""
+"""What a failure is, as all ranks name it: rank, stage, phase, and the message; and what was only noticed of another's."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import time
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
-from autopipe.engine.context import Context
-from autopipe.engine.transport import Transport
 from autopipe.errors import AutopipeError, EngineError
+from autopipe.schedule import Action
 
-_KEY = "autopipe/first_failure"
-_WAIT_FOR_CAUSE_S = 3.0
-_WAIT_FOR_READERS_S = 3.0
+BETWEEN_STEPS = "user code between steps"
+MAX_MESSAGE = 8192
+"""Characters of a message that are told to the other ranks."""
+
+_PHASES = {
+    "F": "forward of micro-batch {m}",
+    "B": "backward of micro-batch {m}",
+    "I": "backward of micro-batch {m}, input gradients",
+    "W": "backward of micro-batch {m}, weight gradients",
+    "SEND_F": "sending the activations of micro-batch {m} to stage {peer}",
+    "RECV_F": "receiving the activations of micro-batch {m} from stage {peer}",
+    "SEND_B": "sending the gradients of micro-batch {m} to stage {peer}",
+    "RECV_B": "receiving the gradients of micro-batch {m} from stage {peer}",
+    "REDUCE_GRAD": "summing the gradients of tied parameters",
+}
+_CONNECTION_WORDS = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket", "pair closure")
 
 
-class FailureBoard:
-    """The first failure of a run, in the store that all ranks share; the first writer wins."""
+def phase_of(action: Action) -> str:
+    """An action in words."""
+    return _PHASES[action.kind].format(m=action.microbatch, peer=action.peer)
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._store: Any = dist.distributed_c10d._get_default_store() if context.control is not None else None
 
-    def fail(self, message: str, *, lost_connection: bool, transport: Transport) -> EngineError:
-        """Records a failure of this rank and closes its connections, so that the others notice; returns the error to raise.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What went wrong on one rank.
 
-        Where this rank has only lost a connection, the cause is another rank's: it is waited for, and named.
-        """
-        if self._store is None:
-            return EngineError(message, remedy="see the error above")
-        cause = self._wait_for_cause() if lost_connection else self._record(message)
-        transport.close()
-        if cause is None:
-            cause = self._record(f"{message} (a rank has died without a word)")
-        self._let_others_read()
-        return EngineError(str(cause["message"]), remedy=f"mend the first cause, which is that of rank {cause['rank']}")
+    Attributes:
+        rank: the rank it went wrong on.
+        stage: the stage there; None before the model is placed.
+        phase: what that rank was doing, in words.
+        message: the exception, or what was seen of the rank.
+        secondary: the rank has only lost a connection, so that the cause is another's.
+    """
 
-    def _record(self, message: str) -> dict[str, Any]:
-        """Leaves the message as the first cause, unless there is one; returns the first."""
-        mine = {"rank": self._context.rank, "message": message}
-        try:
-            stored: dict[str, Any] = json.loads(self._store.compare_set(_KEY, "", json.dumps(mine)))
-        except RuntimeError:
-            return mine  # the process that held the store is gone
-        return stored
+    rank: int
+    stage: int | None
+    phase: str
+    message: str
+    secondary: bool = False
 
-    def _wait_for_cause(self) -> dict[str, Any] | None:
-        deadline = time.monotonic() + _WAIT_FOR_CAUSE_S
-        while time.monotonic() < deadline:
-            try:
-                if self._store.check([_KEY]):
-                    cause: dict[str, Any] = json.loads(self._store.get(_KEY))
-                    return cause
-            except RuntimeError:
-                return None  # the process that held the store is gone
-            time.sleep(0.02)
-        return None
+    def __str__(self) -> str:
+        stage = f"stage {self.stage} on " if self.stage is not None else ""
+        return f"{stage}rank {self.rank}, {self.phase}: {self.message}"
 
-    def _let_others_read(self) -> None:
-        """The process that holds the store must not leave before the others have read the cause."""
-        deadline = time.monotonic() + _WAIT_FOR_READERS_S
-        with contextlib.suppress(RuntimeError):  # gone already: then nobody needs to wait
-            seen = self._store.add(f"{_KEY}/seen", 1)
-            while self._context.rank == 0 and seen < self._context.world_size and time.monotonic() < deadline:
-                time.sleep(0.02)
-                seen = self._store.add(f"{_KEY}/seen", 0)
+    def error(self) -> EngineError:
+        """The error that every rank raises."""
+        return EngineError(str(self), remedy=f"mend the first cause, which is that of rank {self.rank}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is told to other ranks."""
+        return dataclasses.asdict(self) | {"message": self.message[:MAX_MESSAGE]}
+
+
+def described(cause: BaseException) -> str:
+    """An exception in one piece of text."""
+    return f"{type(cause).__name__}: {cause}"
 
 
 def is_connection_error(cause: BaseException) -> bool:
     """Whether a rank has only noticed that another is gone."""
-    if isinstance(cause, AutopipeError) or not isinstance(cause, (RuntimeError, ConnectionError, OSError)):
+    if isinstance(cause, AutopipeError) or not isinstance(cause, (RuntimeError, OSError)):
         return False
     text = str(cause)
-    return any(w in text for w in ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket"))
+    return any(word in text for word in _CONNECTION_WORDS)

@@ -13,6 +13,7 @@ from autopipe.engine.batch import batch_size
 from autopipe.engine.loop import Call, Progress, agreed_calls, no_data
 from autopipe.engine.measure import merge_timelines
 from autopipe.engine.readings import Readings
+from autopipe.engine.watcher import watched
 
 
 class IteratorFront(Readings):
@@ -75,6 +76,17 @@ class IteratorFront(Readings):
         if isinstance(data, bool):
             self._training = data
             return self
+        with self.watcher.call():
+            return self._train(data, steps, log_every, log, progress)
+
+    def _train(
+        self,
+        data: Iterable[Any],
+        steps: int | None,
+        log_every: int,
+        log: Callable[[str], None],
+        progress: bool | None,
+    ) -> list[float]:
         said, losses = Progress(self._context, log), list[float]()
         hidden = not self.is_first_rank or (None if progress is None else not progress)
         with tqdm(total=steps, unit="step", disable=hidden) as bar:
@@ -90,6 +102,7 @@ class IteratorFront(Readings):
                     self._say(said)
         return losses
 
+    @watched
     def evaluate(self, data: Iterable[Any], steps: int | None = None) -> float:
         """The mean loss over the batches of `data` in evaluation mode, weighted as one batch would be. Iterators as in `train`.
 

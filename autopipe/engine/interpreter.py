@@ -8,20 +8,9 @@ from typing import Any
 
 import torch
 
+from autopipe.engine.failure import phase_of
 from autopipe.engine.stage_run import StageRun
 from autopipe.schedule import Action
-
-_PHASES = {
-    "F": "forward of micro-batch {m}",
-    "B": "backward of micro-batch {m}",
-    "I": "backward of micro-batch {m}, input gradients",
-    "W": "backward of micro-batch {m}, weight gradients",
-    "SEND_F": "sending the activations of micro-batch {m} to stage {peer}",
-    "RECV_F": "receiving the activations of micro-batch {m} from stage {peer}",
-    "SEND_B": "sending the gradients of micro-batch {m} to stage {peer}",
-    "RECV_B": "receiving the gradients of micro-batch {m} from stage {peer}",
-    "REDUCE_GRAD": "summing the gradients of tied parameters",
-}
 
 
 class ActionFailure(Exception):
@@ -63,8 +52,7 @@ def run_actions(
             if last.get(action.stage) == i:
                 stage_done(action.stage)
         except Exception as cause:
-            phase = _PHASES[action.kind].format(m=action.microbatch, peer=action.peer)
-            raise ActionFailure(action.stage, phase, cause) from cause
+            raise ActionFailure(action.stage, phase_of(action), cause) from cause
 
 
 def _modes_of(kind: str) -> Any:

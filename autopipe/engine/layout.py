@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from autopipe.engine.context import Context
@@ -65,20 +64,21 @@ def make_layout(context: Context, num_stages: int, data_parallel: int) -> Layout
     if data_parallel > 1:
         mesh = init_device_mesh(context.device.type, (data_parallel, num_ranks), mesh_dim_names=("data", "pipeline"))
         groups["data_group"] = mesh.get_group("data")
+        context.keep(groups["data_group"])
         same_stage = [list(range(p, context.world_size, num_ranks)) for p in range(num_ranks)]
         same_replica = [list(range(d * num_ranks, (d + 1) * num_ranks)) for d in range(data_parallel)]
-        groups["data_control"] = _own_group(same_stage, context.rank)
-        groups["pipeline_control"] = _own_group(same_replica, context.rank)
+        groups["data_control"] = _own_group(same_stage, context)
+        groups["pipeline_control"] = _own_group(same_replica, context)
     else:
         groups["pipeline_control"] = context.control
     return Layout(num_stages=num_stages, num_ranks=num_ranks, data_parallel=data_parallel, rank=context.rank, **groups)
 
 
-def _own_group(rank_sets: Sequence[Sequence[int]], rank: int) -> Any:
+def _own_group(rank_sets: Sequence[Sequence[int]], context: Context) -> Any:
     """Makes a gloo group for each set of ranks, on every rank in the same order; gives this rank's."""
     own = None
     for ranks in rank_sets:
-        group = dist.new_group(list(ranks), backend="gloo")
-        if rank in ranks and len(ranks) > 1:
+        group = context.new_group(ranks, backend="gloo")
+        if context.rank in ranks and len(ranks) > 1:
             own = group
     return own

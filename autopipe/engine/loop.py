@@ -75,6 +75,7 @@ def agreed_calls(
     given = 0  # batches
     while steps is None or given < steps:
         call, code, error = None, _READY, None
+        context.watcher.enter("taking a batch from the data")
         try:
             item = pytree.tree_map(lambda v: v.to(context.device) if isinstance(v, Tensor) else v, next(source))
             call = call_of(item, with_target=with_target)

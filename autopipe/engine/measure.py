@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from autopipe.engine.clock import Span, StepClock
+from autopipe.engine.slowness import Pace
 from autopipe.engine.stage_run import Step
+from autopipe.plan import Plan
 from autopipe.report.measured import MeasuredStage
 from autopipe.schedule import Action
 from autopipe.simulate import Event, Timeline
 
 KEPT_STEPS = 50
+PACED_STEPS, PACE_EVERY_S = 5, 5.0
 
 
 class Measurements:
@@ -25,6 +29,7 @@ class Measurements:
         self._stages: Sequence[int] = ()
         self._count = 0
         self._allocated_bytes = 0
+        self._paced_s = 0.0
 
     def add(self, step: Step, stages: Sequence[int]) -> None:
         """Keeps a step; the first, which warms everything up, is left out."""
@@ -45,6 +50,26 @@ class Measurements:
         if self._allocated_bytes and len(self._stages) == 1:
             peak = held_bytes + self._allocated_bytes
         return [_summary(s, steps, peak) for s in self._stages] if steps else []
+
+    def paces(self, plan: Plan) -> list[Pace]:
+        """What a micro-batch takes on this rank's stages over the last steps, beside the plan; empty where that is not due.
+
+        It is due every `PACE_EVERY_S` seconds, since on CUDA it waits for the device.
+        """
+        now = time.monotonic()
+        if now - self._paced_s < PACE_EVERY_S or len(self._steps) < PACED_STEPS:
+            return []
+        self._paced_s = now
+        computes = [s for clock in list(self._steps)[-PACED_STEPS:] for s in clock.spans() if not s.waiting]
+        return [
+            Pace(
+                stage=stage,
+                measured_us=sum(s.end_us - s.start_us for s in computes if s.action.stage == stage)
+                / max(1, sum(s.action.stage == stage and s.action.kind == "F" for s in computes)),
+                planned_us=plan.stages[stage].forward_us + plan.stages[stage].backward_us,
+            )
+            for stage in self._stages
+        ]
 
     def last_step(self) -> tuple[int, list[Span]] | None:
         """The start on the host's clock in nanoseconds, and the spans of the last step."""

@@ -114,7 +114,8 @@ class Optimizing:
             with self.masters.stepping(self.mine()):
                 self.optimizer.step()
         if self._config.optimizer is not None:
-            self._replicas.share_parameters(self._parameters.trainable(), self.owner)
+            with self._transport.waiting():
+                self._replicas.share_parameters(self._parameters.trainable(), self.owner)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 

@@ -16,6 +16,7 @@ from autopipe.engine.measure import Measurements, merge_timelines, transfer_time
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.parameters import StageParameters
 from autopipe.engine.transport import Transport
+from autopipe.engine.watcher import Watcher, watched
 from autopipe.errors import EngineError
 from autopipe.plan import Plan
 from autopipe.report import chrome_trace
@@ -33,6 +34,7 @@ class Readings:
         self._parameters: StageParameters | None = None
         self._optimizing: Optimizing | None = None
 
+    @watched
     def report(self, format: str = "table") -> str:
         """The plan, and beside its predictions what the last training steps took, stage by stage. All ranks must call it.
 
@@ -62,6 +64,7 @@ class Readings:
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
+    @watched
     def trace(self, path: str | Path) -> None:
         """Writes the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
         timeline = merge_timelines(self._context.gather(self._measured.last_step()))
@@ -114,6 +117,11 @@ class Readings:
     def device(self) -> torch.device:
         """The device of this rank; batches must lie on it."""
         return self._context.device
+
+    @property
+    def watcher(self) -> Watcher:
+        """Tells the other ranks of failures here, and raises theirs."""
+        return self._context.watcher
 
     def _placed(self) -> StageParameters:
         assert self._parameters is not None

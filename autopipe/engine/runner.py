@@ -19,7 +19,6 @@ from autopipe.engine.agreement import CallComparison, LossSum
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
 from autopipe.engine.context import Context
-from autopipe.engine.failure import FailureBoard, is_connection_error
 from autopipe.engine.interpreter import ActionFailure, run_actions
 from autopipe.engine.layout import Layout
 from autopipe.engine.planning import precision_context
@@ -27,7 +26,6 @@ from autopipe.engine.programs import Kind, Program, capture_program, make_progra
 from autopipe.engine.share import Share
 from autopipe.engine.stage_run import StageRun, Step
 from autopipe.engine.transport import Transport
-from autopipe.errors import EngineError
 from autopipe.placement import follow
 from autopipe.plan import Plan
 from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
@@ -73,11 +71,9 @@ class Runner:
         self._parameters = list(model.parameters())
         self.planned: dict[str, int] = {}
         self._random = RandomSource()
-        self._failure = FailureBoard(context)
         self._programs: dict[str, Program] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._counted = False
-        self.broken: EngineError | None = None
 
     # -- programs and schedules ---------------------------------------------------------------------------------------
 
@@ -198,7 +194,7 @@ class Runner:
             with_target=self._config.loss_fn is not None and kind != "predict",
             layout=self._layout,
             transport=self._transport,
-            clock=StepClock(self._context.device),
+            clock=StepClock(self._context.device, self._context.watcher),
             random=self._random,
             seed=self.seed,
             number=number,
@@ -230,10 +226,8 @@ class Runner:
         return LossSum(self._context, len(mine))
 
     def _finish(self, comparison: CallComparison) -> None:
-        try:
+        with self._context.watcher.waiting("comparing the call with the other ranks"):
             comparison.finish()
-        except RuntimeError as cause:
-            raise self.fail(self._layout.stages[0], "comparing the call with the other ranks", cause) from cause
 
     def _execute(
         self,
@@ -249,14 +243,12 @@ class Runner:
         try:
             with generators_kept(), grad, self._modes(), self._memory(step):
                 run_actions(actions, runs, reduce, stage_done, lambda: self._begin_transfers(comparison, step))
+                self._context.watcher.enter("the end of the step", waiting=True)
                 for run in runs.values():
                     run.finish()
         except ActionFailure as failure:
-            raise self.fail(failure.stage, failure.phase, failure.cause) from failure.cause
-        except EngineError:  # of the comparison
-            raise
-        except Exception as cause:
-            raise self.fail(self._layout.stages[0], "the end of the step", cause) from cause
+            error = self._context.watcher.fail(failure.cause, stage=failure.stage, phase=failure.phase)
+            raise error from failure.cause
 
     @contextlib.contextmanager
     def _memory(self, step: Step) -> Iterator[None]:
@@ -272,13 +264,6 @@ class Runner:
             yield
         self._counted, step.clock.allocated_bytes = True, peak.num_bytes
 
-    def fail(self, stage: int, phase: str, cause: BaseException) -> EngineError:
-        """The error to raise on this rank after a failure here or elsewhere; the engine cannot be used afterwards."""
-        message = f"stage {stage} on rank {self._context.rank}, {phase}: {type(cause).__name__}: {cause}"
-        error = self._failure.fail(message, lost_connection=is_connection_error(cause), transport=self._transport)
-        self.broken = error
-        return error
-
     def predicted(self, step: Step, microbatches: Sequence[MicroBatch]) -> Captured:
         """The captured graph of a prediction, which knows the output's structure; also on a replica without micro-batches."""
         if step.programs:
@@ -287,11 +272,8 @@ class Runner:
 
     def share_loss(self, step: Step) -> Tensor:
         """The sum of the weighted losses over all stages and replicas, on every rank."""
-        try:
-            assert step.loss is not None, "a prediction has no loss"
-            return step.loss.finish()
-        except RuntimeError as cause:
-            raise self.fail(self._layout.stages[0], "sharing the loss", cause) from cause
+        assert step.loss is not None, "a prediction has no loss"
+        return step.loss.finish()
 
 
 def _flows(edges: Sequence[Edge], layout: Layout) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ docs/architecture.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -71,7 +72,7 @@ class Transport:
         """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6)."""
         new = sorted(set(flows) - self._groups.keys())
         for flow in new:
-            self._groups[flow] = dist.new_group(sorted(flow))
+            self._groups[flow] = self._context.new_group(flow)
         for flow in new:
             if self._context.rank in flow:
                 if self._context.device.type == "cuda":
@@ -121,24 +122,27 @@ class Transport:
         if self._context.control is None:
             return tensor
         value = tensor.detach().to("cpu")
-        dist.broadcast(value, source, group=self._context.control)
+        with self.waiting():
+            dist.broadcast(value, source, group=self._context.control)
         return value
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
         """Sums (or reduces by `op`) a tensor in place over a group, the control group where none is given."""
         if self._context.control is not None:
-            dist.all_reduce(tensor, op, group=group or self._context.control)
+            with self.waiting():
+                dist.all_reduce(tensor, op, group=group or self._context.control)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around what waits for other ranks."""
+        return self._context.watcher.waiting()
 
     def new_group(self, ranks: Sequence[int]) -> Any:
         """A group for collectives among some ranks. Collective over all ranks."""
-        return dist.new_group(sorted(ranks), timeout=timedelta(minutes=30))
+        return self._context.new_group(ranks, timeout=timedelta(minutes=30))
 
     def close(self) -> None:
-        """Destroys the groups; peers that still wait on them get an error at once."""
-        groups, self._groups = self._groups, {}
-        for flow, group in groups.items():
-            if self._context.rank in flow and dist.is_initialized():
-                dist.destroy_process_group(group)
+        """Forgets the groups, which the context destroys."""
+        self._groups.clear()
 
 
 @cache
