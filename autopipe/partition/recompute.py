@@ -130,13 +130,13 @@ class _Memory:
         self.alive = np.where(spans.cumsum() > 0, np.inf, change.cumsum())[: n + 1]
 
     def choices(self) -> Iterator[IntArray]:
-        """Regions of the classes that are worth their time, and mixtures of neighbours: one in some slices of the graph."""
+        """Regions of the classes, and mixtures of those that save most for their time: the dearer one in some slices."""
         for share in REGION_SHARES:
             most = share * float(self.saved.sum())
             found = [np.full(len(self.saved), -1, np.int64)]
             found += [self.useful(self.regions(ratio, most)) for ratio in self.thresholds()]
             hull = _lower_hull([(self.time_us(r), float(self.held(r).sum()), r) for r in found])
-            yield from hull
+            yield from found
             for one, other in itertools.pairwise(hull):
                 for part in PARTS:
                     yield self.mixed(one, other, part)

@@ -53,6 +53,7 @@ def test_the_bottleneck_is_the_least_of_all_assignments(capped: bool) -> None:
             link=link,
             objective="bottleneck",
             memory_limit=limit if capped else None,
+            recompute="none",
         )
         tried += 1
         assert plan.bottleneck_us == pytest.approx(best, rel=1e-9), seed
