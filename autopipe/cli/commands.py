@@ -34,7 +34,7 @@ def profile_command(options: argparse.Namespace) -> None:
 
     profile = profiled(options)
     _save(options, profile_report(profile, "json"))
-    _show(options, profile_report(profile, options.format or "table"))
+    _show(options, profile_report(profile, options.format or "table", nodes=options.nodes))
 
 
 def plan_command(options: argparse.Namespace) -> None:

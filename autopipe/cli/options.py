@@ -43,6 +43,10 @@ def _add_commands(commands: Any) -> None:
     shown = commands.add_parser("profile", help="measure a model node by node and stop")
     _model(shown, required=True)
     _run(shown, measured=True)
+    shown.add_argument(
+        "--nodes", action="store_true", help="show every node, slowest first, in place of the module tree"
+    )
+    shown.add_argument("--budget-s", type=_number, metavar="S", help="seconds of repeating measurements (default: 60)")
     _output(shown, FORMATS, "write the profile as JSON to FILE")
     plan = commands.add_parser("plan", help="cut a model or a profile into stages")
     report = commands.add_parser("report", help="show what a plan costs, stage by stage, beside the usual splits")

@@ -77,7 +77,11 @@ def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBa
     graph, names, graph_hash = captured.graph_module, captured.names, captured.graph_hash
     if _is_estimated(options.device):
         return estimate(graph, values, device=options.device, names=names, graph_hash=graph_hash)
-    return profile(graph, values, device=options.device, progress=not options.quiet, names=names, graph_hash=graph_hash)
+    budget = getattr(options, "budget_s", None)
+    asked = {} if budget is None else {"budget_s": budget}
+    return profile(
+        graph, values, device=options.device, progress=not options.quiet, names=names, graph_hash=graph_hash, **asked
+    )
 
 
 def _is_estimated(device: str | None) -> bool:

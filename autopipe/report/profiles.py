@@ -64,8 +64,8 @@ class ModuleTotals:
         return sum(self.params.values())
 
 
-def profile_report(profile: Profile, format: str = "table") -> str:
-    """The report of a profile as `table`, `json`, `csv` (the nodes), `md` or `html`.
+def profile_report(profile: Profile, format: str = "table", *, nodes: bool = False) -> str:
+    """The report of a profile as `table`, `json`, `csv` (the nodes), `md` or `html`; with `nodes`, every node and no module tree.
 
     JSON is the profile's own form, raw bytes and microseconds, with the totals of the modules added: it can be read as a profile.
 
@@ -75,17 +75,17 @@ def profile_report(profile: Profile, format: str = "table") -> str:
     tree = module_tree(profile)
     if format == "json":
         return json.dumps({**profile.to_json(), "modules": [_plain(m) for m in tree]}, indent=1) + "\n"
-    everything = format == "csv"
-    nodes = _nodes(profile, len(profile.nodes) if everything else SHOWN_NODES)
+    everything = format == "csv" or nodes
+    table = _nodes(profile, len(profile.nodes) if everything else SHOWN_NODES)
     if everything:
-        return render(Document(title="", parts=(nodes,)), format)
+        return render(Document(title="" if format == "csv" else _title(profile), parts=(table,)), format)
     modules = _modules(profile, tree)
     parts: list[Table | str] = [modules]
     if len(tree) > len(modules.rows):
         parts.append(f"{len(tree) - len(modules.rows)} modules further down are in --format json.")
-    parts.append(nodes)
-    if len(profile.nodes) > len(nodes.rows):
-        parts.append(f"{len(profile.nodes) - len(nodes.rows)} faster nodes are in --format csv and json.")
+    parts.append(table)
+    if len(profile.nodes) > len(table.rows):
+        parts.append(f"{len(profile.nodes) - len(table.rows)} faster nodes are shown by --nodes.")
     return render(Document(title=_title(profile), parts=tuple(parts)), format)
 
 

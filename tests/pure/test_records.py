@@ -10,7 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.errors import ProfileError
-from profiler.records import PROFILE_SCHEMA, LinkProfile, NodeProfile, ParameterProfile, Profile
+from profiler.records import PROFILE_SCHEMA, LinkProfile, NodeProfile, ParameterProfile, Profile, SegmentProfile
+
+SEGMENT = {
+    "first": "a", "last": "c", "forward_us": 1.0, "backward_us": 1.0, "nodes_forward_us": 1.0, "nodes_backward_us": 1.0,
+}  # fmt: skip
 
 
 def node(name="a", inputs=(), **changes):
@@ -56,6 +60,18 @@ def profiles(draw):
         microbatch_size=draw(st.integers(1, 99)),
         residual=draw(st.floats(0.01, 100)),
         link=draw(st.none() | link),
+        segments=(
+            SegmentProfile(
+                first="n0",
+                last="n0",
+                forward_us=draw(TIMES),
+                backward_us=draw(TIMES),
+                nodes_forward_us=1.0,
+                nodes_backward_us=0.0,
+            ),
+        )
+        if draw(st.booleans())
+        else (),
         parameters=draw(st.dictionaries(st.text(max_size=4), st.builds(ParameterProfile, bytes=SIZES), max_size=3)),
     )
 
@@ -102,6 +118,10 @@ def changed(index, **changes):
         (changed(2, output_bytes=1.5), r"nodes\[2\].output_bytes"),
         (changed(2, group=3), r"nodes\[2\].group"),
         (as_json(residual=0), "residual"),
+        (as_json(segments=[{"first": "a", "last": "c"}]), r"segments\[0\]"),
+        (as_json(segments=[SEGMENT | {"last": "z"}]), r"segments\[0\]"),
+        (as_json(segments=[SEGMENT | {"forward_us": -1.0}]), r"segments\[0\]"),
+        (as_json(segments={}), "segments"),
         (as_json(microbatch_size=0), "microbatch_size"),
         (as_json(device=3), "device"),
         (as_json(parameters={"w": {"bytes": -1}}), r"parameters\[w\]"),

@@ -50,8 +50,11 @@ value = 3
 """
 
 PLANNING = [
+    "--alone",
     "--data-parallel",
     "--device",
+    "--first",
+    "--last",
     "--link-gbps",
     "--link-latency-us",
     "--memory-limit",
@@ -60,9 +63,11 @@ PLANNING = [
     "--objective",
     "--overlap",
     "--profile",
+    "--recompute",
     "--schedule",
     "--split-points",
     "--time-budget-s",
+    "--together",
 ]
 COMMON = ["--debug", "--format", "--help", "--output", "--quiet", "-h", "-o"]
 FROZEN = {
@@ -70,7 +75,7 @@ FROZEN = {
     "env": COMMON,
     "export": [*COMMON, "--model", "--to"],
     "plan": [*COMMON, *PLANNING],
-    "profile": [*COMMON, "--device", "--num-microbatches"],
+    "profile": [*COMMON, "--budget-s", "--device", "--nodes", "--num-microbatches"],
     "report": [*COMMON, *PLANNING, "--measured", "--plan", "--trace"],
     "simulate": [*COMMON, *PLANNING, "--plan"],
     "verify": [*COMMON, "--num-microbatches", "--num-stages", "--schedule", "--timeout-s", "--tolerance"],
@@ -128,6 +133,16 @@ def test_profile_is_saved_and_shown(profile: str, model: str, capsys: pytest.Cap
     assert {node.module for node in saved.nodes} >= {"0.0", "3.2"}
     assert main(["profile", f"{model}:build", "--format", "csv"]) == 0
     assert capsys.readouterr().out.startswith("node,module,forward ms")
+
+
+def test_profile_shows_every_node(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", f"{model}:build", "--nodes", "--budget-s", "0.1"]) == 0
+    table = capsys.readouterr().out
+    assert "By module" not in table and all(f"{i}_2" in table or f"{i}.2" in table for i in range(4))
+    for format, sign in (("md", "| node"), ("csv", "node,module"), ("json", '"nodes"')):
+        assert main(["profile", f"{model}:build", "--nodes", "--budget-s", "0.1", "--format", format]) == 0
+        assert sign in capsys.readouterr().out
+    fails(capsys, 2, "--budget-s", "profile", f"{model}:build", "--budget-s", "-1")
 
 
 def test_plan_is_saved(plan: str) -> None:
