@@ -189,14 +189,15 @@ def rank_main(name: str, path: Path, num_tries: int, rank: int) -> None:
     dist.init_process_group("gloo")
     plans = predicted(name, path)
     rounds = []
-    for _ in range(NUM_ROUNDS):
+    num_rounds = 1 if num_tries == 1 else NUM_ROUNDS
+    for _ in range(num_rounds):
         rounds.append([trained(name, key, plan, num_tries) for key, plan in plans])
     ranks: list[Any] = [None, None]
     dist.all_gather_object(ranks, rounds)
     if rank == 0:
         found = read(path)["models"][name]
         for i, case in enumerate(found["cases"]):
-            case["runs"] = [measured([ranks[r][n][i] for r in (0, 1)]) for n in range(NUM_ROUNDS)]
+            case["runs"] = [measured([ranks[r][n][i] for r in (0, 1)]) for n in range(num_rounds)]
         write(path, name, found)
     dist.destroy_process_group()
 
@@ -255,7 +256,7 @@ def rows(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         predicted = [c["predicted"]["step_us"] for c in cases]
         took = [statistics.mean(r["step_us"] for r in c["runs"]) for c in cases]
-        noise = [c["runs"][1]["step_us"] / c["runs"][0]["step_us"] - 1 for c in cases]
+        noise = [c["runs"][-1]["step_us"] / c["runs"][0]["step_us"] - 1 for c in cases]
         memory = [p / m - 1 for c in cases for p, m in zip(c["predicted"]["peak_bytes"], peak_of(c), strict=True)]
         compute = [
             p / statistics.mean(r[kind][k] for r in c["runs"]) - 1
