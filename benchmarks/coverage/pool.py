@@ -1,4 +1,4 @@
-"""Names go in, each is worked on in a forked process of its own with a time limit; one JSON line a name comes out."""
+"""Names go in, each is worked on in a forked process of its own with a limit of processor time; one JSON line a name comes out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WAITING = 5  # a process that waits for the processor may take so many times the limit
 MEMORY_LIMIT = 18 << 30  # bytes of address space of one process
 
 
@@ -41,11 +42,11 @@ def run_all(
         while waiting and len(running) < workers and time.monotonic() - first <= budget_s:
             name = waiting.pop()
             result = out.with_suffix(f".{abs(hash(name))}.part")
-            running[_start(name, work, result)] = (name, result, time.monotonic())
+            running[_start(name, work, result, limit_s)] = (name, result, time.monotonic())
         time.sleep(0.05)
         for pid, (name, result, begun) in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            late = time.monotonic() - begun > limit_s
+            late = time.monotonic() - begun > WAITING * limit_s
             if not ended and late:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -55,13 +56,14 @@ def run_all(
     return len(waiting)
 
 
-def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path) -> int:
+def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path, limit_s: float) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s), int(limit_s) + 5))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -79,7 +81,7 @@ def _start(name: str, work: Callable[[str], dict[str, Any]], result: Path) -> in
 def _collect(name: str, result: Path, out: Path, status: int, late: bool, wall_s: float) -> None:
     answer: dict[str, Any] = {
         "outcome": "error",
-        "why": f"over the time limit ({wall_s:.0f} s)" if late else f"the process died, status {status}",
+        "why": "over the time limit" if late or status == signal.SIGXCPU else f"the process died, status {status}",
     }
     with contextlib.suppress(OSError, json.JSONDecodeError):
         answer = json.loads(result.read_text())
