@@ -53,7 +53,7 @@ def main() -> None:
         "--peers", action="store_true", help="torch.export and torch.distributed.pipelining.pipeline instead"
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit-s", type=float, default=120)
+    parser.add_argument("--limit-s", type=float, default=240, help="processor time")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="start no model after this time")
     parser.add_argument(
         "--again", nargs="*", default=[], help="outcomes of other labels to run again: skipped, refused, ..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def _run_made_up(function: Callable[[Any, Any], Any], args: Any, kwargs: Any) ->
 
 
 def shapes_vary(function: Callable[..., Any], owner: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes, or nothing, for its inputs in another order.
+    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes, or fails, for its inputs in another order, larger, or zero.
 
     The buffers of `owner` are put back.
     """
@@ -78,8 +79,8 @@ def shapes_vary(function: Callable[..., Any], owner: nn.Module, args: Any, kwarg
     buffers = [(b, b.detach().clone()) for b in owner.buffers()]
     try:
         with torch.random.fork_rng(devices=[]):
-            for _ in range(2):
-                other_args, other_kwargs = map_tensors(_shuffled, (args, kwargs))
+            for scale in (1, 1, 10, 0):
+                other_args, other_kwargs = map_tensors(partial(_shuffled, scale=scale), (args, kwargs))
                 if [t.shape for t in tensors_inside(function(*other_args, **other_kwargs))] != shapes:
                     return True
         return False
@@ -91,11 +92,12 @@ def shapes_vary(function: Callable[..., Any], owner: nn.Module, args: Any, kwarg
                 buffer.copy_(value)
 
 
-def _shuffled(tensor: Tensor) -> Tensor:
-    """The values of a tensor of numbers in another order; whole numbers, which may be indices, as they are."""
+def _shuffled(tensor: Tensor, scale: int) -> Tensor:
+    """The values of a tensor of numbers in another order and times `scale`; whole numbers, which may be indices, as they are."""
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         return tensor.detach().clone()
-    value = tensor.detach().flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape)
+    value = tensor.detach().flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape) * scale
+    value = value.to(tensor.dtype)
     return value.requires_grad_(tensor.requires_grad)
 
 

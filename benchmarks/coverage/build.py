@@ -181,7 +181,8 @@ def torchvision_model(name: str) -> Built:
         images = [torch.rand(3, 96, 96), torch.rand(3, 96, 128)]
         return model, (images, [_detection_target(96, 96), _detection_target(96, 128)]), {}
     if kind == "video":
-        return model, (torch.randn(2, 3, 16, 224, 224) if "mvit" in registered else torch.randn(2, 3, 8, 64, 64),), {}
+        large = "mvit" in registered or "s3d" in registered
+        return model, (torch.randn(1, 3, 16, 224, 224) if large else torch.randn(2, 3, 8, 64, 64),), {}
     if kind == "optical_flow":
         return model, (torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128)), {}
     sizes = (64, 96, 224, 299) if "inception" not in registered else (128, 299)

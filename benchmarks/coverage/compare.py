@@ -25,7 +25,7 @@ from autopipe.capture.trace import Call, flatten_output
 from autopipe.stages import MODEL_INPUT, StageModule, StageSpec, cut, stage_module
 
 Observed = dict[str, Any]
-SLOW_S = 5  # of processor time; ten of these steps and their comparisons fit into the time limit of a loaded machine
+SLOW_S = 8  # of processor time; ten of these steps and their comparisons fit into the time limit of a loaded machine
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ Each model is built at a tiny size, where it is one that can be made tiny, and r
 graph, whole and cut at random places into 2 and 4 stages (tensors that cross are detached, gradients go back stage by stage), is compared
 with the plain model: outputs, every gradient, every buffer; in eval mode the outputs and buffers. It is then run on a second batch of the
 same shapes with other values, and compared again. *right*: all equal. *refused*: an error that names module, file, line and remedy.
-*wrong*: another result without a word. *failed*: any other exception, or the limit of 120 s of processor time. A model that cannot be built, or that does
+*wrong*: another result without a word. *failed*: any other exception, or the limit of 240 s of processor time. A model that cannot be built, or that does
 not run plainly here, is skipped, with the reason, and does not count; nor does one that gives another result under the same seed."""
 
 _COMMANDS = """## How to run it again
@@ -228,7 +228,7 @@ def _skipped(everything: dict[str, Results]) -> str:
 _REASONS = (
     ("has no sdpa attention", "counted once: has no sdpa attention"),
     ("million parameters", "not small enough for this machine"),
-    ("takes more than", "a step of the plain model takes more than 5 s here"),
+    ("takes more than", "a step of the plain model takes more than 8 s here"),
     ("requires the|No module named|ImportError", "needs a package that is not here"),
     ("no configuration could", "its configuration has no defaults that build a model"),
     ("differs from itself", "the plain model gives another result under the same seed"),
