@@ -52,7 +52,7 @@ def start(model: nn.Module, weights: str | None, ids: torch.Tensor) -> Any:
 def one_rank(width: int, layers: int, weights: str | None, cache: str) -> dict[str, float]:
     """Growth of this rank's peak, in bytes, over the start of an engine; the bytes of its stage's parameters.
 
-    With a new folder as `cache`, rank 0 measures the model too.
+    With a new folder as `cache`, the model is measured too, a few layers at a time; afterwards its profile is read from there.
     """
     os.environ["AUTOPIPE_CACHE_DIR"] = cache
     ids = torch.randint(0, 50, (2, 8))
@@ -94,13 +94,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in ("reset_parameters", "safetensors", "torch"):
+        for source in ("measuring", "reset_parameters", "safetensors", "torch"):
             weights = None
-            if source != "reset_parameters":
+            if source in ("safetensors", "torch"):
                 weights = str(Path(folder) / f"model.{'safetensors' if source == 'safetensors' else 'pt'}")
                 save(TiedGPT(width=options.width, layers=options.layers), Path(weights))
             for row in run_ranks(
-                one_rank, options.ranks, options.width, options.layers, weights, f"{folder}/{source}", timeout_s=480.0
+                one_rank, options.ranks, options.width, options.layers, weights, f"{folder}/cache", timeout_s=480.0
             ):
                 rows.append({"source": source, **row})
     total = whole_bytes(options.width, options.layers)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
+from benchmarks.durability.memory import one_rank
 from tests.gloo.launch import run_ranks
 from tests.gloo.models import make
 
@@ -131,3 +132,10 @@ def test_a_checkpoint_is_loaded_into_a_model_on_meta(tmp_path: Path) -> None:
         model = Bare()
     again = autopipe.pipeline(model, (x,), example_target=x, loss_fn=F.mse_loss, weights=tmp_path)
     assert torch.equal(again.state_dict()["scale"], first.state_dict()["scale"])
+
+
+def test_a_rank_holds_no_more_than_its_stage(tmp_path: Path) -> None:
+    for measured in (False, True):  # the second time the profile is there
+        for row in run_ranks(one_rank, 2, 512, 4, None, str(tmp_path)):
+            assert row["stage_bytes"] > 10e6
+            assert not measured or row["ratio"] <= 1.3
