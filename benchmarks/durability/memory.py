@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
+from autopipe.plan import Plan
 from tests.gloo.launch import run_ranks
 from tests.gloo.models import TiedGPT
 
@@ -36,7 +36,7 @@ def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
-def start(model: nn.Module, weights: str | None, ids: torch.Tensor) -> Any:
+def start(model: nn.Module, weights: str | None, ids: torch.Tensor, plan: Plan | None = None) -> Any:
     return autopipe.pipeline(
         model,
         (ids,),
@@ -45,16 +45,16 @@ def start(model: nn.Module, weights: str | None, ids: torch.Tensor) -> Any:
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         num_microbatches=2,
         weights=weights,
+        plan=plan,
         seed=0,
     )
 
 
-def one_rank(width: int, layers: int, weights: str | None, cache: str) -> dict[str, float]:
+def one_rank(width: int, layers: int, weights: str | None, plan: Plan | None) -> dict[str, Any]:
     """Growth of this rank's peak, in bytes, over the start of an engine; the bytes of its stage's parameters.
 
-    With a new folder as `cache`, the model is measured too, a few layers at a time; afterwards its profile is read from there.
+    Without a plan the model is measured too, a few layers at a time.
     """
-    os.environ["AUTOPIPE_CACHE_DIR"] = cache
     ids = torch.randint(0, 50, (2, 8))
     small = start(TiedGPT(layers=4), None, ids)  # what the first engine of a process loads is no part of a stage
     small.train_batch(ids, target=ids)
@@ -62,13 +62,14 @@ def one_rank(width: int, layers: int, weights: str | None, cache: str) -> dict[s
     before = resident("VmRSS")
     with torch.device("meta"):
         model = TiedGPT(width=width, layers=layers)
-    engine = start(model, weights, ids)
+    engine = start(model, weights, ids, plan)
     grown = resident("VmHWM") - before
     held = sum(p.nbytes for p in engine.parameters())
     restart_peak()
     engine.train_batch(ids, target=ids)
     predicted = engine.plan.stages[engine.stage].peak_bytes
     result = {
+        "plan": engine.plan,
         "stage": engine.stage,
         "stage_bytes": held,
         "grown_bytes": grown,
@@ -93,6 +94,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
+    plan = None
     with tempfile.TemporaryDirectory() as folder:
         for source in ("measuring", "reset_parameters", "safetensors", "torch"):
             weights = None
@@ -100,8 +102,9 @@ def main(arguments: list[str]) -> None:
                 weights = str(Path(folder) / f"model.{'safetensors' if source == 'safetensors' else 'pt'}")
                 save(TiedGPT(width=options.width, layers=options.layers), Path(weights))
             for row in run_ranks(
-                one_rank, options.ranks, options.width, options.layers, weights, f"{folder}/cache", timeout_s=480.0
+                one_rank, options.ranks, options.width, options.layers, weights, plan, timeout_s=480.0
             ):
+                plan = row.pop("plan")
                 rows.append({"source": source, **row})
     total = whole_bytes(options.width, options.layers)
     print(f"model of {total / MIB:.0f} MiB on {options.ranks} ranks")

@@ -134,8 +134,10 @@ def test_a_checkpoint_is_loaded_into_a_model_on_meta(tmp_path: Path) -> None:
     assert torch.equal(again.state_dict()["scale"], first.state_dict()["scale"])
 
 
-def test_a_rank_holds_no_more_than_its_stage(tmp_path: Path) -> None:
-    for measured in (False, True):  # the second time the profile is there
-        for row in run_ranks(one_rank, 2, 512, 4, None, str(tmp_path)):
-            assert row["stage_bytes"] > 10e6
-            assert not measured or row["ratio"] <= 1.3
+def test_a_rank_holds_no_more_than_its_stage() -> None:
+    plan = run_ranks(one_rank, 2, 512, 4, None, None)[0][
+        "plan"
+    ]  # measuring takes memory of its own, a few layers at a time
+    for row in run_ranks(one_rank, 2, 512, 4, None, plan):
+        assert row["stage_bytes"] > 10e6
+        assert row["ratio"] <= 1.3
