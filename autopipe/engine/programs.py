@@ -100,7 +100,8 @@ def capture_program(
         CaptureError: the model cannot be captured, or gives no loss where one is needed.
     """
     loss = None if kind == "predict" else loss_fn
-    with modes(), contextlib.nullcontext() if kind == "train" else torch.no_grad():
+    grad = contextlib.nullcontext() if kind == "train" else torch.no_grad()
+    with modes(), grad, _without_gradients(model):
         captured = capture(
             model, microbatch.args, microbatch.kwargs, loss_fn=loss, target=microbatch.target, check=check
         )
@@ -123,9 +124,22 @@ def capture_program(
 
 def capture_output(model: nn.Module, microbatch: MicroBatch, *, check: bool, modes: Callable[[], Any]) -> Captured:
     """Captures what is to be planned where there is no target: up to the loss that the model returns, otherwise up to its output."""
-    with modes():
+    with modes(), _without_gradients(model):
         captured = capture(model, microbatch.args, microbatch.kwargs, check=check)
     return captured if captured.loss is None else captured.loss_only()
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Fake copies of parameters take no part of their gradients, which may have another dtype; put back afterwards."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def make_program(

@@ -63,6 +63,7 @@ def _engine(data_parallel: int, zero_stage: int, precision: str = "bf16-params")
         zero_stage=zero_stage,
         precision=precision,
         max_grad_norm=MAX_NORM,
+        schedule="zb-h1" if precision == "bf16-params" and data_parallel == 1 else "1f1b",
     )
     return engine, plain, args, target, loss_fn
 
@@ -71,6 +72,9 @@ def _train(data_parallel: int, zero_stage: int, directory: str | None) -> dict[s
     engine, plain, args, target, loss_fn = _engine(data_parallel, zero_stage)
     losses = [float(engine.train_batch(*args, target=target)) for _ in range(STEPS)]
     expected, masters = _by_hand(plain, args, target, loss_fn, STEPS)
+    ids, labels = args[0][:5, :7], target[:5, :7]  # another length, captured while gradients are there
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        evaluated = abs(float(engine.eval_batch(ids, target=labels)) / float(loss_fn(plain.eval()(ids), labels)) - 1)
     dtypes = {(n, p.dtype, p.grad.dtype) for n, p in engine.named_parameters() if p.grad is not None}
     state = engine.state_dict()
     held = sum(p.numel() for g in engine.optimizer.param_groups for p in g["params"])
@@ -79,6 +83,7 @@ def _train(data_parallel: int, zero_stage: int, directory: str | None) -> dict[s
     later = [float(engine.train_batch(*args, target=target)) for _ in range(2)]
     engine.close()
     return {
+        "evaluated": evaluated,
         "loss": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
         "state": max(relative_error(state[n], m) for n, m in masters.items()),
         "exact": {n: t.numpy() for n, t in state.items()},
@@ -94,6 +99,7 @@ def test_any_layout_follows_the_recipe_by_hand(ranks: int, data_parallel: int, z
     for result in results:
         assert result["loss"] <= TOLERANCE
         assert result["state"] <= TOLERANCE
+        assert result["evaluated"] <= TOLERANCE
         for name, dtype, gradient in result["dtypes"]:
             assert gradient == torch.float32
             assert dtype == (torch.float32 if "norm" in name or name.endswith("bias") else torch.bfloat16), name
