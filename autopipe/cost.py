@@ -72,6 +72,18 @@ class StageDevices:
     reduce_latency_us: FloatArray
     reduce_us_per_byte: FloatArray
 
+    def link(self, source: int, target: int) -> LinkProfile | None:
+        """The link between two stages; None where both are on one rank."""
+        per_byte = float(self.us_per_byte[source, target])
+        if per_byte == 0.0:
+            return None
+        return LinkProfile(
+            latency_us=float(self.latency_us[source, target]),
+            bytes_per_us=1 / per_byte,
+            overlap=1 - float(self.exposed[source, target]),
+            measured=False,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostGraph:
@@ -123,6 +135,10 @@ class CostGraph:
     def work_us(self) -> FloatArray:
         """(n) forward plus backward time."""
         return self.forward_us + self.backward_us
+
+    def speed(self, num_stages: int) -> FloatArray:
+        """(K) by which the compute of each stage is divided."""
+        return np.ones(num_stages) if self.devices is None else self.devices.speed
 
     @property
     def exposed(self) -> float:
@@ -438,7 +454,7 @@ def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageC
     edge = between(np.ones(len(crossing))) > 0
     gradients = between(graph.gradient_bytes[crossing])
     devices = graph.devices
-    speed = np.ones(K) if devices is None else devices.speed
+    speed = graph.speed(K)
     return StageCosts(
         forward_us=sum_by(stage_of, graph.forward_us, K) / speed,
         backward_us=sum_by(stage_of, graph.backward_us, K) / speed,

@@ -43,6 +43,8 @@ class StagePlan:
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
         recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed again in
             the backward up to the last tensor that is kept.
+        reduce_us: time of summing its gradients over the replicas, after its last backward.
+        memory_limit_bytes: memory of its device where devices differ; 0: the plan's.
     """
 
     index: int
@@ -61,13 +63,16 @@ class StagePlan:
     optimizer_bytes: int = 0
     activation_bytes: int = 0
     recompute: tuple[tuple[str, ...], ...] = ()
+    reduce_us: float = 0.0
+    memory_limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
     """What crosses from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader directly.
 
-    `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back.
+    `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over, where it
+    is not the plan's.
     """
 
     source: int
@@ -75,6 +80,34 @@ class Transfer:
     nodes: tuple[str, ...]
     forward_bytes: int
     backward_bytes: int
+    link: LinkProfile | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A way to use the devices that the search has planned: the figures of its best split.
+
+    Attributes:
+        num_stages, num_ranks, data_parallel, num_microbatches, schedule, zero_stage, microbatch_size: as in `Plan`.
+        placement: which ranks are neighbours: `stages` of a replica, `replicas` of a stage, or how uneven devices are ordered.
+        step_us: simulated step, with the sum of the gradients over the replicas.
+        lower_bound_us: no split under this layout can be faster under the cost model.
+        peak_bytes: the most memory that a rank holds.
+        recomputed: whether activations are computed again.
+    """
+
+    num_stages: int
+    num_ranks: int
+    data_parallel: int
+    num_microbatches: int
+    microbatch_size: int
+    schedule: str
+    zero_stage: int
+    placement: str
+    step_us: float
+    lower_bound_us: float
+    peak_bytes: int
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +146,11 @@ class Plan:
         device: device of the profile.
         estimated: some costs were estimated, not measured.
         baselines: the splits that a user would otherwise make.
+        ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
+        scaling: how times follow the micro-batch size where the plan's is not the profile's: `affine`, from profiles of two
+            sizes, or `proportional`, an assumption; empty: as measured.
+        candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
+        search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not known.
     """
 
     graph_hash: str
@@ -139,6 +177,10 @@ class Plan:
     device: str = "unknown"
     estimated: bool = False
     baselines: tuple[Baseline, ...] = ()
+    ranks: tuple[int, ...] = ()
+    scaling: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    search_bound_us: float = 0.0
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -156,6 +198,7 @@ class Plan:
             self.num_ranks,
         ]
         parts += [[s.nodes, s.recompute] for s in self.stages]
+        parts += [self.ranks] if self.ranks else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
@@ -187,7 +230,12 @@ class Plan:
         if data.get("schema") != PLAN_SCHEMA:
             raise _bad(f"schema {data.get('schema')!r}", repr(PLAN_SCHEMA), "schema")
         values = {k: v for k, v in data.items() if k in _fields(cls)}
-        for key, record in (("stages", StagePlan), ("transfers", Transfer), ("baselines", Baseline)):
+        for key, record in (
+            ("stages", StagePlan),
+            ("transfers", Transfer),
+            ("baselines", Baseline),
+            ("candidates", Candidate),
+        ):
             if key in values:
                 if not isinstance(values[key], list):
                     raise _bad(f"{values[key]!r}", "a list", key)
@@ -245,6 +293,12 @@ def _record(cls: type[Any], data: Any, where: str) -> Any:
             if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise _bad(f"{value!r}", "a list of names", f"{where}.{name}")
             value = tuple(value)
+        elif kind == "tuple[int, ...]":
+            if not (isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)):
+                raise _bad(f"{value!r}", "a list of whole numbers", f"{where}.{name}")
+            value = tuple(value)
+        elif kind == "LinkProfile | None":
+            value = None if value is None else _record(LinkProfile, value, f"{where}.{name}")
         elif kind == "tuple[tuple[str, ...], ...]":
             value = _regions(value, f"{where}.{name}")
         elif kind in ("int", "float"):
@@ -285,6 +339,9 @@ def _validate(plan: Plan) -> None:
             "one for each stage, or fewer under `interleaved`",
             "num_ranks",
         )
+    size = (plan.num_ranks or plan.num_stages) * plan.data_parallel
+    if plan.ranks and sorted(plan.ranks) != list(range(size)):
+        raise _bad(f"{list(plan.ranks)}", f"each rank from 0 to {size - 1} once", "ranks")
     seen: dict[str, int] = {}
     for i, stage in enumerate(plan.stages):
         if stage.index != i:

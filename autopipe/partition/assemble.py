@@ -138,6 +138,7 @@ def _stages(
                 gradient_bytes=math.ceil(memory.gradient_bytes[k]),
                 optimizer_bytes=math.ceil(memory.optimizer_bytes[k]),
                 activation_bytes=math.ceil(memory.activation_bytes[k]),
+                reduce_us=0.0 if costs.reduce_us is None else float(costs.reduce_us[k]),
                 recompute=_regions(graph, of_profile_node == k, int(memory.recompute[k])),
             )
         )
@@ -167,6 +168,7 @@ def _transfers(graph: CostGraph, stage_of: IntArray) -> tuple[Transfer, ...]:
             nodes=tuple(graph.profile_names[i] for i in sorted(i for t in tensors for i in graph.tensor_names[t])),
             forward_bytes=round(sum(graph.tensor_bytes[t] for t in tensors)),
             backward_bytes=round(sum(graph.gradient_bytes[t] for t in tensors)),
+            link=None if graph.devices is None else graph.devices.link(source, target),
         )
         for (source, target), tensors in sorted(carried.items())
     )

@@ -196,7 +196,7 @@ def kick(problem: Problem, solution: Solution, random: Random, effort: Effort) -
         found = split_order(other, order, load * (1 + TOLERANCE), effort, _fine_grid(other, order, stage_of, BANDS[0]))
         if found is not None:
             stage_of = found.stage_of
-    if stage_memory(graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max() > problem.memory.limit_bytes:
+    if not problem.memory.fits(stage_memory(graph, problem.memory, stage_of, problem.num_stages).peak_bytes):
         return solution
     if problem.rules.broken(stage_of, problem.num_stages):
         return solution

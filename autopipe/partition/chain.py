@@ -82,11 +82,13 @@ def stage_blocks(costs: IntervalCosts, num_stages: int, upper_us: float, effort:
     """For each stage, the intervals that a split whose loads are at most `upper_us` can use; None where there is none."""
     work, last, K = costs.work, costs.num_positions - 1, num_stages
     slack = upper_us * (1 + TOLERANCE) + TOLERANCE * float(work[-1])
+    most = slack * costs.graph.speed(K)  # work that a stage can do within the bound
+    after = np.append(most[::-1].cumsum()[::-1], 0.0)
     rows, blocks = (0, 0), []
     reachable: NDArray[np.bool_] = np.ones(1, bool)
     for k in range(K):
-        first = max(rows[0] + 1, int(np.searchsorted(work, work[-1] - (K - 1 - k) * slack, "left")))
-        end = min(last - (K - 1 - k), int(np.searchsorted(work, work[rows[1]] + slack, "right")) - 1)
+        first = max(rows[0] + 1, int(np.searchsorted(work, work[-1] - after[k + 1], "left")))
+        end = min(last - (K - 1 - k), int(np.searchsorted(work, work[rows[1]] + most[k], "right")) - 1)
         if k == K - 1:
             first, end = last, last if end == last else last - 1
         if first > end:

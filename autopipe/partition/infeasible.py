@@ -18,7 +18,7 @@ MIB = 2.0**20
 def least_peak_split(problem: Problem) -> IntArray:
     """The split of the program order whose largest peak of memory is least: F_k[j] = min_i max(F_(k-1)[i], peak_k(i, j))."""
     n, K = problem.graph.num_nodes, problem.num_stages
-    bounded = dataclasses.replace(problem.memory, limit_bytes=0.0)  # so that memory is counted
+    bounded = dataclasses.replace(problem.memory, limit_bytes=0.0, limits=())  # so that memory is counted
     grid = np.unique(np.linspace(0, n, min(n, max(400, K)) + 1).round().astype(np.int64))
     costs = IntervalCosts(problem.graph, np.arange(n), bounded, grid)
     last, least, arrows = len(grid) - 1, np.full(len(grid), np.inf), []
@@ -39,16 +39,16 @@ def least_peak_split(problem: Problem) -> IntArray:
 
 def check_fits(problem: Problem, stage_of: IntArray) -> None:
     """Raises a `PartitionError` where a stage of this assignment needs more than its device has."""
-    limit = problem.memory.limit_bytes
-    if stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max() > limit:
+    if not problem.memory.fits(stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages).peak_bytes):
         raise too_little_memory(problem, stage_of)
 
 
 def too_little_memory(problem: Problem, stage_of: IntArray) -> PartitionError:
     """The error for an assignment that does not fit, with what would."""
     memory = stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages)
-    k = int(memory.peak_bytes.argmax())
-    limit = problem.memory.limit_bytes
+    lacking = memory.peak_bytes - [problem.memory.limit(k) for k in range(problem.num_stages)]
+    k = int(lacking.argmax())
+    limit = problem.memory.limit(k)
     peak = float(memory.peak_bytes[k])
     parts = {
         "parameters": memory.param_bytes[k],
@@ -70,7 +70,10 @@ def too_little_memory(problem: Problem, stage_of: IntArray) -> PartitionError:
 def _remedy(problem: Problem, lacking: float, per_sample: float) -> str:
     """What would make it fit; `per_sample` are the bytes of the stage that shrink with a micro-batch."""
     ways = []
-    for num_stages in range(problem.num_stages + 1, min(2 * problem.num_stages + 8, problem.graph.num_nodes) + 1):
+    most = min(2 * problem.num_stages + 8, problem.graph.num_nodes)
+    if problem.memory.limits:
+        most = problem.num_stages  # whose memory a further stage would have is not known
+    for num_stages in range(problem.num_stages + 1, most + 1):
         if _would_fit(dataclasses.replace(problem, num_stages=num_stages)):
             ways.append(f"{num_stages} stages")
             break
@@ -88,5 +91,4 @@ def _remedy(problem: Problem, lacking: float, per_sample: float) -> str:
 def _would_fit(problem: Problem) -> bool:
     """Whether the split of the program order that needs least does."""
     stage_of = least_peak_split(problem)
-    peak = stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages).peak_bytes.max()
-    return bool(peak <= problem.memory.limit_bytes)
+    return problem.memory.fits(stage_memory(problem.graph, problem.memory, stage_of, problem.num_stages).peak_bytes)

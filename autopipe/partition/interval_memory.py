@@ -41,7 +41,7 @@ class IntervalMemory:
                 break
             i, j = row + rows[0], col + cols[0]
             need = self._peak_bytes(way, i, j, stage, num_stages, tuple(part[row, col] for part in held))
-            fits = need <= self.memory.limit_bytes
+            fits = need <= self.memory.limit(stage)
             added[row[fits], col[fits]] = way.again[j[fits]] - way.again[i[fits]]
             row, col = row[~fits], col[~fits]
         return added

@@ -163,10 +163,10 @@ class IntervalCosts:
                     total += latency * (side.block(rows, cols, (MESSAGE + kind,)) > 0.5)
         return np.asarray(total, np.float64)
 
-    def load_us(self, rows: tuple[int, int], cols: tuple[int, int]) -> FloatArray:
-        """Compute and exposed transfers of a block of intervals; infinite where the interval is empty."""
+    def load_us(self, rows: tuple[int, int], cols: tuple[int, int], speed: float = 1.0) -> FloatArray:
+        """Compute, at this speed, and exposed transfers of a block of intervals; infinite where the interval is empty."""
         work: FloatArray = self.work[None, cols[0] : cols[1] + 1] - self.work[rows[0] : rows[1] + 1, None]
-        load = work + self.exposed_us(rows, cols, (FORWARD, BACKWARD))
+        load = work / speed + self.exposed_us(rows, cols, (FORWARD, BACKWARD))
         empty = np.arange(rows[0], rows[1] + 1)[:, None] >= np.arange(cols[0], cols[1] + 1)[None, :]
         load[empty] = np.inf
         return load
@@ -177,10 +177,11 @@ class IntervalCosts:
 
     def stage_load_us(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
         """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit or may not be."""
-        load = self.load_us(rows, cols)
+        speed = float(self.graph.speed(num_stages)[stage])
+        load = self.load_us(rows, cols, speed)
         if self._all_held is not None:
             held = self._memory_blocks(rows, cols)
-            load = load + self._ways.added_us(rows, cols, stage, num_stages, held, np.isfinite(load))
+            load = load + self._ways.added_us(rows, cols, stage, num_stages, held, np.isfinite(load)) / speed
         if self.rules.any:
             start, end = self.grid[rows[0] : rows[1] + 1], self.grid[cols[0] : cols[1] + 1]
             load[self.rules.forbidden(self._position, start, end, stage, num_stages)] = np.inf

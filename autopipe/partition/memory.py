@@ -24,6 +24,7 @@ class MemoryModel:
         states: bytes of optimizer state for each byte of trained parameter.
         shards: ranks over which the optimizer state is divided (the replicas under ZeRO-1).
         limit_bytes: memory of each device; infinite where there is no limit.
+        limits: memory of the device of each stage, where they differ.
     """
 
     num_microbatches: int
@@ -31,6 +32,15 @@ class MemoryModel:
     states: float = 2.0
     shards: int = 1
     limit_bytes: float = np.inf
+    limits: tuple[float, ...] = ()
+
+    def limit(self, stage: int) -> float:
+        """Memory of the device of a stage."""
+        return self.limits[stage] if self.limits else self.limit_bytes
+
+    def fits(self, peak_bytes: FloatArray) -> bool:
+        """Whether (K) peaks are within the memory of each stage's device."""
+        return bool((peak_bytes <= (np.array(self.limits) if self.limits else self.limit_bytes)).all())
 
     def in_flight(self, stage: int, num_stages: int) -> int:
         """Micro-batches whose activations a stage holds at most."""
@@ -48,7 +58,7 @@ class MemoryModel:
 
     def chooses(self, graph: CostGraph) -> bool:
         """Whether a stage's memory decides anything: whether it is allowed, or what it computes again."""
-        return bool(np.isfinite(self.limit_bytes)) or not graph.classes[0].is_none
+        return bool(np.isfinite(min(self.limits, default=self.limit_bytes))) or not graph.classes[0].is_none
 
     def static_bytes(self, graph: CostGraph) -> FloatArray:
         """(P) parameter, gradient and optimizer bytes of each parameter."""
@@ -101,7 +111,7 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
     activations = in_flight * (saved + received + again * sent)
     workspace = largest + memory.buffer_bytes(received, sent) + at_once * (graph.saved_bytes @ on)
     peaks = static + activations + workspace
-    fits = peaks <= memory.limit_bytes
+    fits = peaks <= np.array([memory.limit(k) for k in range(K)])
     chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
     stages = np.arange(K)
     return StageMemory(
@@ -131,7 +141,7 @@ def run_costs(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_sta
     costs = stage_costs(graph, stage_of, num_stages)
     if not memory.chooses(graph):
         return costs
-    again = stage_memory(graph, memory, stage_of, num_stages).recompute_us
+    again = stage_memory(graph, memory, stage_of, num_stages).recompute_us / graph.speed(num_stages)
     return dataclasses.replace(costs, backward_us=costs.backward_us + again)
 
 

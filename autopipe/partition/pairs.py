@@ -126,7 +126,7 @@ class Pairs:
                 activations += sent[rows, cols]
             need = held[rows, cols] + memory.in_flight(stage, num_stages) * activations
             need += self._largest(way.workspace_bytes, rows, cols) + (saved[rows, cols] if way.at_once else 0.0)
-            fits = need <= memory.limit_bytes
+            fits = need <= memory.limit(stage)
             added[rows[fits], cols[fits]] = self._difference(way.recompute_us)[rows[fits], cols[fits]]
             rows, cols = rows[~fits], cols[~fits]
         return added

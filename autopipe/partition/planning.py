@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 
-from autopipe.cost import CostGraph, IntArray, build_cost_graph
+from autopipe.cost import CostGraph, IntArray, StageDevices, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Certificate, Run, assemble
@@ -116,7 +116,12 @@ def partition(
         run=run,
         seed=seed,
     )
-    constraints = constraints or Constraints()
+    return planned(asked, constraints or Constraints(), split_points, time_budget_s)
+
+
+def planned(asked: Asked, constraints: Constraints, split_points: Sequence[str] | None, time_budget_s: float) -> Plan:
+    """The plan for checked arguments."""
+    profile, run, seed = asked.profile, asked.run, asked.seed
     problem = asked.problem(constraints)
     told = _as_told(profile, problem, split_points) if split_points else None
     stage_of, load_bound = _searched(problem, run, Effort(time_budget_s), seed)
@@ -138,13 +143,17 @@ class Asked:
     recompute: str
     run: Run
     seed: int
+    devices: StageDevices | None = None
 
     def problem(self, constraints: Constraints) -> Problem:
         """The problem under these constraints."""
         K, memory = self.run.num_stages, self.run.memory
         graph = build_cost_graph(self.profile, self.link, constraints.groups(self.profile))
+        graph = dataclasses.replace(graph, devices=self.devices)
         allowed = None
-        if self.recompute == "full" or (self.recompute == "auto" and np.isfinite(memory.limit_bytes)):
+        if self.recompute == "full" or (
+            self.recompute == "auto" and np.isfinite(min(memory.limits, default=memory.limit_bytes))
+        ):
             graph = with_recompute(graph, self.profile, self.recompute)
         elif self.recompute == "none":
             allowed = partial(with_recompute, graph, self.profile, "auto")
@@ -190,7 +199,10 @@ def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[In
     starts, best = least_load(small, random, part, rounds=60 if bottleneck else 3)
     if bottleneck:
         return best.solution.stage_of[small.index], best.bound_us
-    slower = [s for other in _with_dearer_transfers(small.problem) for s in first_splits(other, effort)[:2]]
+    slower: list[Solution] = []
+    for other in _with_dearer_transfers(small.problem):
+        if not effort.spent:
+            slower += first_splits(other, effort)[:2]
     found = shortest_step(small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], random, effort)
     return found[small.index], best.bound_us
 

@@ -60,6 +60,18 @@ def checked_choice(value: str, choices: Iterable[str], name: str) -> str:
     return value
 
 
+def checked_limit(memory_limit: float | None) -> float | None:
+    """Bytes of each device, or None."""
+    if memory_limit is not None and not memory_limit > 0:
+        raise PartitionError(
+            f"memory_limit={memory_limit!r}",
+            expected="a positive number of bytes, or None",
+            where="memory_limit",
+            remedy="leave it out to plan without a limit",
+        )
+    return memory_limit
+
+
 def checked_memory(
     *,
     num_microbatches: int,
@@ -88,13 +100,7 @@ def checked_memory(
             where="zero_stage",
             remedy="use 1: the communication of ZeRO-2 and 3 would recur for every micro-batch of the pipeline",
         )
-    if memory_limit is not None and not memory_limit > 0:
-        raise PartitionError(
-            f"memory_limit={memory_limit!r}",
-            expected="a positive number of bytes, or None",
-            where="memory_limit",
-            remedy="leave it out to plan without a limit",
-        )
+    checked_limit(memory_limit)
     return MemoryModel(
         num_microbatches=num_microbatches,
         schedule=checked_choice(schedule, SCHEDULES, "schedule"),

@@ -73,6 +73,9 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
 def _proved_further(
     small: Reduced, found: Refined, random: Random, effort: Effort, share: float, goal: float
 ) -> Refined:
+    speed = small.problem.graph.speed(small.problem.num_stages)
+    if speed.min() < speed.max():  # the lattice counts every stage alike
+        return found
     part = effort.share(share)
     budget = part.left_s
     refined = refine(small.problem, found.solution, random, part, goal, merged=small.merged)
@@ -114,7 +117,7 @@ def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution
 def _any_that_obeys(problem: Problem, effort: Effort) -> Solution:
     """Raises for a problem of which no standard order holds a solution: the rules alone are at fault, or memory is too."""
     if problem.memory.chooses(problem.graph):
-        memory = dataclasses.replace(problem.memory, limit_bytes=np.inf)
+        memory = dataclasses.replace(problem.memory, limit_bytes=np.inf, limits=())
         without = first_splits(dataclasses.replace(problem, memory=memory), effort)
         if without:
             raise too_little_memory(problem, without[0].stage_of)

@@ -62,7 +62,7 @@ class Clock:
         costs = stage_costs(problem.graph, stage_of, problem.num_stages)
         if memory.chooses(problem.graph):
             held = stage_memory(problem.graph, memory, stage_of, problem.num_stages)
-            if held.peak_bytes.max() > memory.limit_bytes:
+            if not memory.fits(held.peak_bytes):
                 return np.inf
             costs = dataclasses.replace(costs, backward_us=costs.backward_us + held.recompute_us)
         return ranked_step_us(costs, memory.num_microbatches, memory.schedule)

@@ -37,7 +37,8 @@ def least_step_cuts(
         effort.spend(cells=6 * block.load_us.size)
         hop = _hop_us(costs, block) if k else np.zeros_like(block.load_us)
         reached = before[:, None] + hop
-        bound = _critical_path_us(costs, block, reached, round_trip_us, num_stages - k, num_microbatches)
+        speed = float(costs.graph.speed(num_stages)[k])
+        bound = _critical_path_us(costs, block, reached, round_trip_us, num_stages - k, num_microbatches, speed)
         bound = np.where(bound <= upper_us * (1 + TOLERANCE), bound, np.inf)
         through = np.maximum(least[:, None], bound)
         best = through.argmin(axis=0)
@@ -50,12 +51,12 @@ def least_step_cuts(
 
 
 def _critical_path_us(
-    costs: IntervalCosts, block: StageBlock, reached: FloatArray, round_trip_us: float, w: int, M: int
+    costs: IntervalCosts, block: StageBlock, reached: FloatArray, round_trip_us: float, w: int, M: int, speed: float
 ) -> FloatArray:
     """H_q of a block of intervals."""
     rows, cols, t = block.rows, block.cols, block.load_us
     f = costs.forward[None, cols[0] : cols[1] + 1] - costs.forward[rows[0] : rows[1] + 1, None]
-    f = f + costs.exposed_us(rows, cols, (FORWARD,))
+    f = f / speed + costs.exposed_us(rows, cols, (FORWARD,))
     b = t - f
     after = np.maximum(round_trip_us - reached - t, 0.0)
     longest = np.maximum(M * t, np.maximum(f + after + M * b, M * f + after + b))

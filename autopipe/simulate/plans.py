@@ -45,30 +45,34 @@ def plan_schedule(
         plan.num_stages,
         plan.num_microbatches if num_microbatches is None else num_microbatches,
         [Edge(t.source, t.target, t.backward_bytes > 0) for t in plan.transfers],
-        costs=plan_costs(plan, link),
+        costs=plan_costs(plan, link, num_ranks),
         reductions=groups,
         num_ranks=num_ranks or plan.num_ranks or None,
     )
 
 
-def plan_costs(plan: Plan, link: LinkProfile | None = None) -> Costs:
+def plan_costs(plan: Plan, link: LinkProfile | None = None, num_ranks: int | None = None) -> Costs:
     """The costs of a plan's stages and links for one micro-batch.
 
     Of a transfer that takes t (latency + bytes over bandwidth), the share that is not hidden, (1 - overlap) t, is added to the
-    compute of both its ends: of an activation to their forwards, of a gradient to their backwards. The rest holds the link.
+    compute of both its ends: of an activation to their forwards, of a gradient to their backwards. The rest holds the link. `num_ranks` deals the stages over other ranks than the plan does.
     """
-    link = plan.link if link is None else link
     forward = [stage.forward_us for stage in plan.stages]
     backward = [stage.backward_us for stage in plan.stages]
     links: dict[tuple[int, int], Link] = {}
+    ranks = num_ranks or plan.num_ranks or plan.num_stages
     for transfer in plan.transfers:
-        there = link.transfer_us(transfer.forward_bytes)
-        back = link.transfer_us(transfer.backward_bytes) if transfer.backward_bytes else 0.0
+        if transfer.source % ranks == transfer.target % ranks:  # both on one rank: nothing is sent
+            links[transfer.source, transfer.target] = (0.0, 0.0 if transfer.backward_bytes else None)
+            continue
+        over = link or transfer.link or plan.link
+        there = over.transfer_us(transfer.forward_bytes)
+        back = over.transfer_us(transfer.backward_bytes) if transfer.backward_bytes else 0.0
         for stage in (transfer.source, transfer.target):
-            forward[stage] += (1 - link.overlap) * there
-            backward[stage] += (1 - link.overlap) * back
-        hidden_back = link.overlap * back if transfer.backward_bytes else None
-        links[transfer.source, transfer.target] = (link.overlap * there, hidden_back)
+            forward[stage] += (1 - over.overlap) * there
+            backward[stage] += (1 - over.overlap) * back
+        hidden_back = over.overlap * back if transfer.backward_bytes else None
+        links[transfer.source, transfer.target] = (over.overlap * there, hidden_back)
     in_flight = _in_flight(plan)
     return Costs(
         forward_us=tuple(forward),
@@ -76,12 +80,15 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None) -> Costs:
         links=links,
         activation_bytes=tuple(s.activation_bytes // n for s, n in zip(plan.stages, in_flight, strict=True)),
         static_bytes=tuple(s.peak_bytes - s.activation_bytes for s in plan.stages),
+        reduce_us=tuple(s.reduce_us for s in plan.stages),
         split_overhead=SPLIT_OVERHEAD,
     )
 
 
 def _in_flight(plan: Plan) -> tuple[int, ...]:
     """Micro-batches that the plan's `activation_bytes` count: those that its own schedule keeps alive at once."""
+    if plan.schedule == "1f1b":
+        return tuple(min(plan.num_stages - k, plan.num_microbatches) for k in range(plan.num_stages))
     return count_live(
         build_schedule(plan.schedule, plan.num_stages, plan.num_microbatches, [], num_ranks=plan.num_ranks or None)
     )

@@ -46,8 +46,7 @@ def fastest_schedule(plan: Plan, *, num_ranks: int | None = None, schedules: Seq
         )
     found = [(rescheduled(plan, name, num_ranks=ranks), i) for i, name in enumerate(names)]
     peaks = {i: max(rank_peak_bytes(p)) for p, i in found}
-    limit = plan.memory_limit_bytes
-    fitting = [(p, i) for p, i in found if not limit or peaks[i] <= limit]
+    fitting = [(p, i) for p, i in found if within_memory(p)]
     if not fitting:
         return min(found, key=lambda f: (peaks[f[1]], f[1]))[0]
     shortest = min(p.step_us for p, _ in fitting)
@@ -72,7 +71,9 @@ def rescheduled(plan: Plan, schedule: str, *, num_ranks: int | None = None) -> P
         activations = stage.activation_bytes // old * new
         peak = stage.peak_bytes - stage.activation_bytes + activations
         stages.append(dataclasses.replace(stage, activation_bytes=activations, peak_bytes=peak, expected_peak_bytes=0))
-    timeline = simulate_schedule(plan_schedule(plan, schedule=schedule, num_ranks=ranks), plan_costs(plan))
+    timeline = simulate_schedule(
+        plan_schedule(plan, schedule=schedule, num_ranks=ranks), plan_costs(plan, num_ranks=ranks)
+    )
     unknown: dict[str, Any] = {"lower_bound_us": 0.0, "proved": False}
     return dataclasses.replace(
         plan,
@@ -82,6 +83,14 @@ def rescheduled(plan: Plan, schedule: str, *, num_ranks: int | None = None) -> P
         step_us=timeline.makespan_us,
         bubble=bubble_of(plan, ranks, timeline.makespan_us),
         **unknown,
+    )
+
+
+def within_memory(plan: Plan) -> bool:
+    """Whether each rank's peak is within the memory of its device, as far as that is known."""
+    limits = [stage.memory_limit_bytes or plan.memory_limit_bytes for stage in plan.stages]
+    return not any(limits) or all(
+        not limit or peak <= limit for peak, limit in zip(rank_peak_bytes(plan), limits, strict=False)
     )
 
 

@@ -36,6 +36,7 @@ WITHOUT_TORCH = [
     "profiler/records.py",
     "profiler/errors.py",
     "profiler/devices.py",
+    "profiler/sizes.py",
     "autopipe/cluster.py",
     "autopipe/errors.py",
     "autopipe/plan.py",
@@ -46,7 +47,7 @@ WITHOUT_TORCH = [
     "autopipe/report",
 ]
 # Modules of `profiler` that need no torch; everything else in it does.
-PLAIN_PROFILER = {"profiler.records", "profiler.errors", "profiler.devices"}
+PLAIN_PROFILER = {"profiler.records", "profiler.errors", "profiler.devices", "profiler.sizes"}
 
 
 def _files(package: str) -> list[Path]:
