@@ -134,12 +134,13 @@ class _Search:
     # -- what there is to choose from ---------------------------------------------------------------------------------
 
     def ways(self) -> Iterator[Way]:
-        """All ways with one stage on each rank, or as many as are asked for."""
+        """All ways with one stage on each rank; with more where that is asked for, by the numbers or by the schedule."""
         wanted, num_devices = self.wanted, len(self.cluster.devices)
         for D in _divisors(num_devices):
             P = num_devices // D
             rounds = 1 if wanted.num_stages is None else wanted.num_stages // P
-            fits = wanted.num_stages is None or (rounds and wanted.num_stages % P == 0)
+            several = wanted.data_parallel is not None or tuple(wanted.schedules) == ("interleaved",)
+            fits = wanted.num_stages is None or (wanted.num_stages % P == 0 and (rounds == 1 or several))
             if not fits or (wanted.data_parallel not in (None, D)) or wanted.global_batch % D:
                 continue
             if rounds * P > self.graph(self.profiles[0].microbatch_size).num_nodes or not schedules_for(rounds * P, P):

@@ -13,7 +13,7 @@ import pytest
 
 import autopipe.errors
 from autopipe.cli.options import parser
-from autopipe.plan import Baseline, Plan, StagePlan, Transfer
+from autopipe.plan import Baseline, Candidate, Plan, StagePlan, Transfer
 from autopipe.report.comparison import MeasuredStage
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
 
@@ -74,6 +74,7 @@ def test_every_field_is_described() -> None:
         StagePlan,
         Transfer,
         Baseline,
+        Candidate,
         MeasuredStage,
     ):
         for field in dataclasses.fields(record):
