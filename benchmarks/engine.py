@@ -29,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
+from torch import nn  # noqa: E402
 
 from benchmarks.pipelines import rounds  # noqa: E402
 from benchmarks.pipelines.launch import on_ranks  # noqa: E402
@@ -46,12 +47,13 @@ SIZES = (
     ("mlp 20", "mlp", 256, (128,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
+KINDS = {"mlp": Residual, "gpt": Transformer, "linear": lambda width: nn.Sequential(nn.Linear(width, width), nn.ReLU())}
 
 
 def make(kind: str, width: int, shape: tuple[int, ...], each: int, num_stages: int, num_microbatches: int) -> Any:
     """Layers, batch, target and loss, the same on every rank."""
     torch.manual_seed(0)
-    layers = [Residual(width) if kind == "mlp" else Transformer(width) for _ in range(each * num_stages)]
+    layers = [KINDS[kind](width) for _ in range(each * num_stages)]
     batch = torch.randn(shape[0] * num_microbatches, *shape[1:], width)
     return layers, batch, torch.randn_like(batch), mean_square
 
@@ -80,7 +82,7 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
-    built = partial(make, "mlp", 512, (2048,), 1, 3, 64)
+    built = partial(make, "linear", 64, (16384,), 1, 3, 64)
     found = {n: on_ranks(rounds.extra_memory, 3, built, 64, n) for n in peers}
     return [{"rank": r} | {f"{n} MB": found[n][r] for n in peers} for r in range(3)]
 
