@@ -120,7 +120,10 @@ class Engine(IteratorFront):
         self._require_plan("predict()")
         share = self._share(microbatches, weighted=False)
         step, runs = self._forward("predict", share)
-        outputs = gather_outputs(runs, share.microbatches, self._layout, everywhere=self._config.predict_on == "all")
+        with self.watcher.waiting("sharing the output"):
+            outputs = gather_outputs(
+                runs, share.microbatches, self._layout, everywhere=self._config.predict_on == "all"
+            )
         if outputs is None:
             return None
         captured = self._ready().predicted(step, microbatches)

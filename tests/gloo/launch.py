@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,6 +34,19 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         if kind != "ok":
             raise AssertionError(f"rank {rank} {kind}:\n{value}")
     return [value for _, value in results]
+
+
+def run_in_turn(num_ranks: int, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[list[Any]]:
+    """Functions one after another in one launch, which is quicker than a launch each; for each call, the results by rank."""
+    ranks = run_ranks(_in_turn, num_ranks, list(calls), timeout_s=240.0)
+    return [[rank[i] for rank in ranks] for i in range(len(calls))]
+
+
+def _in_turn(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    import torch
+
+    torch.distributed.init_process_group("gloo")  # so that no engine takes it along when it is closed
+    return [function(*args) for function, args in calls]
 
 
 def try_ranks(

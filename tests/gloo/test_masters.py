@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import autopipe
-from tests.gloo.launch import run_ranks
+from tests.gloo.launch import run_in_turn
 from tests.gloo.models import make
 from tests.gloo.plain import relative_error
 
@@ -93,18 +92,6 @@ def _train(data_parallel: int, zero_stage: int, directory: str | None) -> dict[s
     }
 
 
-@pytest.mark.parametrize(("ranks", "data_parallel", "zero_stage"), [(1, 1, 0), (2, 1, 0), (4, 2, 1)])
-def test_any_layout_follows_the_recipe_by_hand(ranks: int, data_parallel: int, zero_stage: int) -> None:
-    results = run_ranks(_train, ranks, data_parallel, zero_stage, None)
-    for result in results:
-        assert result["loss"] <= TOLERANCE
-        assert result["state"] <= TOLERANCE
-        assert result["evaluated"] <= TOLERANCE
-        for name, dtype, gradient in result["dtypes"]:
-            assert gradient == torch.float32
-            assert dtype == (torch.float32 if "norm" in name or name.endswith("bias") else torch.bfloat16), name
-
-
 def _resume(directory: str, data_parallel: int, zero_stage: int, precision: str) -> tuple[Any, Any, list[float]]:
     engine, _, args, target, _ = _engine(data_parallel, zero_stage, precision)
     engine.load_checkpoint(directory)
@@ -114,9 +101,39 @@ def _resume(directory: str, data_parallel: int, zero_stage: int, precision: str)
     return state, later
 
 
-def test_checkpoints_hold_the_copies_for_any_layout_and_precision(tmp_path: Path) -> None:
-    saved = run_ranks(_train, 4, 2, 1, str(tmp_path))[0]
-    for ranks, data_parallel, precision in ((2, 1, "bf16-params"), (1, 1, "fp32")):
-        for state, later in run_ranks(_resume, ranks, str(tmp_path), data_parallel, 0, precision):
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("masters"))
+
+
+@pytest.fixture(scope="module")
+def two_by_two(directory: str) -> list[dict[str, Any]]:
+    """Two replicas of two stages with ZeRO-1; it leaves a checkpoint."""
+    return run_in_turn(4, [(_train, (2, 1, directory))])[0]
+
+
+@pytest.fixture(scope="module")
+def two(directory: str, two_by_two: Any) -> list[list[Any]]:
+    """Two stages: trained from the beginning, and resumed in two precisions from the checkpoint of the others."""
+    resumed = [(_resume, (directory, 1, 0, precision)) for precision in ("bf16-params", "fp32")]
+    return run_in_turn(2, [(_train, (1, 0, None)), *resumed])
+
+
+def test_any_layout_follows_the_recipe_by_hand(two: list[list[Any]], two_by_two: list[dict[str, Any]]) -> None:
+    for result in [*two[0], *two_by_two]:
+        assert result["loss"] <= TOLERANCE
+        assert result["state"] <= TOLERANCE
+        assert result["evaluated"] <= TOLERANCE
+        for name, dtype, gradient in result["dtypes"]:
+            assert gradient == torch.float32
+            assert dtype == (torch.float32 if "norm" in name or name.endswith("bias") else torch.bfloat16), name
+
+
+def test_checkpoints_hold_the_copies_for_any_layout_and_precision(
+    two: list[list[Any]], two_by_two: list[dict[str, Any]]
+) -> None:
+    saved = two_by_two[0]
+    for resumed, tolerance in zip(two[1:], (1e-3, 2e-2), strict=True):
+        for state, later in resumed:
             assert all((state[n] == value).all() for n, value in saved["exact"].items())
-            assert later == pytest.approx(saved["later"], rel=1e-3 if precision == "bf16-params" else 2e-2)
+            assert later == pytest.approx(saved["later"], rel=tolerance)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import autopipe
 import autopipe.engine.runner as runner
-from tests.gloo.launch import run_ranks
+from tests.gloo.launch import run_in_turn
 from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error
 
@@ -55,21 +55,16 @@ def _in_turn() -> dict[str, Any]:
     return {"errors": errors}
 
 
-def test_training_evaluation_and_prediction_in_turn_whichever_is_first() -> None:
-    for result in run_ranks(_in_turn, 3):
-        assert max(result["errors"]) <= 1e-5, result["errors"]
-
-
 def _generate(predict_on: str) -> dict[str, Any]:
-    """Greedy decoding without a loss anywhere; the cache of captured lengths holds four."""
-    runner.MAX_PROGRAMS = 4
+    """Greedy decoding without a loss anywhere; the cache of captured lengths holds three."""
+    runner.MAX_PROGRAMS = 3
     torch.manual_seed(1)
-    model = TiedGPT()
+    model = TiedGPT(layers=2)
     plain = copy.deepcopy(model).eval()
     engine = autopipe.pipeline(model, num_microbatches=2, predict_on=predict_on)
     ids = theirs = torch.randint(0, 50, (3, 4))
     nothing = []
-    for _ in range(7):
+    for _ in range(4):
         output = engine.predict(ids)
         with torch.no_grad():
             theirs = torch.cat([theirs, plain(theirs)[:, -1].argmax(-1, keepdim=True)], 1)
@@ -88,16 +83,6 @@ def _generate(predict_on: str) -> dict[str, Any]:
     return {"ids": ids.tolist(), "expected": theirs.tolist(), "nothing": set(nothing), "kept": kept, "grown": grown}
 
 
-@pytest.mark.parametrize("predict_on", ["all", "last"])
-def test_a_model_without_a_loss_generates_with_growing_lengths(predict_on: str) -> None:
-    results = run_ranks(_generate, 2, predict_on)
-    for rank, result in enumerate(results):
-        assert result["ids"] == result["expected"]
-        assert result["nothing"] == {predict_on == "last" and rank == 0}
-        assert result["kept"] <= 4
-        assert result["grown"] == 0
-
-
 def _no_batch(predict_on: str) -> str:
     engine = autopipe.pipeline(NoBatch(), loss_fn=F.mse_loss, num_microbatches=2, predict_on=predict_on)
     try:
@@ -107,12 +92,6 @@ def _no_batch(predict_on: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("predict_on", ["all", "last"])
-def test_an_output_that_cannot_be_put_together_is_named_on_every_rank(predict_on: str) -> None:
-    for message in run_ranks(_no_batch, 2, predict_on):
-        assert "an output of shape (3,) whose first dimension is not the batch's" in message
-
-
 def _replicas() -> tuple[float, list[int]]:
     model, args, kwargs, _, _ = make("encoder_decoder", 5)
     plain = copy.deepcopy(model).eval()
@@ -120,12 +99,6 @@ def _replicas() -> tuple[float, list[int]]:
     output = engine.predict(*args, **kwargs)
     engine.close()
     return relative_error(output["logits"], plain(*args, **kwargs)["logits"].detach()), list(output["logits"].shape)
-
-
-def test_replicas_put_their_rows_together() -> None:
-    for error, shape in run_ranks(_replicas, 4):
-        assert error <= 1e-5
-        assert shape == [5, 6, 30]
 
 
 def _accumulate(precision: str, data_parallel: int, directory: str) -> dict[str, Any]:
@@ -163,8 +136,57 @@ def _accumulate(precision: str, data_parallel: int, directory: str) -> dict[str,
     return {"error": max(relative_error(state[n], p.detach()) for n, p in plain.named_parameters()), "message": message}
 
 
-@pytest.mark.parametrize(("precision", "ranks", "data_parallel"), [("fp32", 4, 2), ("fp16", 2, 1)])
-def test_an_optimizer_step_after_several_batches(precision: str, ranks: int, data_parallel: int, tmp_path: Any) -> None:
-    for result in run_ranks(_accumulate, ranks, precision, data_parallel, str(tmp_path)):
-        assert result["error"] <= (1e-5 if precision == "fp32" else 1e-3)
-        assert "gradients of 1 of 2 batches" in result["message"]
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    directory = str(tmp_path_factory.mktemp("two"))
+    calls = {
+        "in turn": (_in_turn, ()),
+        "generate all": (_generate, ("all",)),
+        "generate last": (_generate, ("last",)),
+        "no batch all": (_no_batch, ("all",)),
+        "no batch last": (_no_batch, ("last",)),
+        "accumulate": (_accumulate, ("fp16", 1, directory)),
+    }
+    return dict(zip(calls, run_in_turn(2, list(calls.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    directory = str(tmp_path_factory.mktemp("four"))
+    calls = {"rows": (_replicas, ()), "accumulate": (_accumulate, ("fp32", 2, directory))}
+    return dict(zip(calls, run_in_turn(4, list(calls.values())), strict=True))
+
+
+def test_training_evaluation_and_prediction_in_turn_whichever_is_first(two: dict[str, list[Any]]) -> None:
+    for result in two["in turn"]:
+        assert max(result["errors"]) <= 1e-5, result["errors"]
+
+
+@pytest.mark.parametrize("predict_on", ["all", "last"])
+def test_a_model_without_a_loss_generates_with_growing_lengths(two: dict[str, list[Any]], predict_on: str) -> None:
+    for rank, result in enumerate(two[f"generate {predict_on}"]):
+        assert result["ids"] == result["expected"]
+        assert result["nothing"] == {predict_on == "last" and rank == 0}
+        assert result["kept"] <= 3
+        assert result["grown"] == 0
+
+
+@pytest.mark.parametrize("predict_on", ["all", "last"])
+def test_an_output_that_cannot_be_put_together_is_named_on_every_rank(
+    two: dict[str, list[Any]], predict_on: str
+) -> None:
+    for message in two[f"no batch {predict_on}"]:
+        assert "an output of shape (3,) whose first dimension is not the batch's" in message
+
+
+def test_replicas_put_their_rows_together(four: dict[str, list[Any]]) -> None:
+    for error, shape in four["rows"]:
+        assert error <= 1e-5
+        assert shape == [5, 6, 30]
+
+
+def test_an_optimizer_step_after_several_batches(two: dict[str, list[Any]], four: dict[str, list[Any]]) -> None:
+    for results, tolerance in ((four, 1e-5), (two, 1e-3)):
+        for result in results["accumulate"]:
+            assert result["error"] <= tolerance
+            assert "gradients of 1 of 2 batches" in result["message"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
-from tests.gloo.launch import run_ranks
+from tests.gloo.launch import run_in_turn
 from tests.gloo.models import TiedGPT, token_loss
 from tests.gloo.plain import plain_step, relative_error
 
@@ -117,28 +117,6 @@ def _train(name: str, data_parallel: int, zero_stage: int) -> dict[str, Any]:
     return {"loss": error, "parameters": errors, "trained here": here, "groups": groups}
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks", "data_parallel", "zero_stage"),
-    [
-        ("groups", 2, 1, 0),
-        ("groups", 4, 2, 1),
-        ("adapters", 2, 1, 0),
-        ("frozen first stage", 2, 1, 0),
-        ("parameterless", 3, 1, 0),
-    ],
-)
-def test_what_is_trained_follows_the_plain_run(name: str, ranks: int, data_parallel: int, zero_stage: int) -> None:
-    results = run_ranks(_train, ranks, name, data_parallel, zero_stage)
-    for result in results:
-        assert result["loss"] <= 1e-5
-        assert max(result["parameters"].values()) <= 1e-5, max(result["parameters"].items(), key=lambda kv: kv[1])
-    if name == "groups":
-        assert all(len(r["groups"]) == 3 for r in results)
-    if name in ("frozen first stage", "parameterless"):
-        assert [bool(r["trained here"]) for r in results] == [False] * (ranks - 1) + [True]
-        assert [r["groups"] is None for r in results] == [True] * (ranks - 1) + [False]
-
-
 def _thaw(zero_stage: int) -> float:
     """After two steps the base is thawed: its parameters join the optimizer, the moments of the others stay."""
     model, args, target, loss_fn, _, cuts = _case("adapters")
@@ -167,9 +145,43 @@ def _thaw(zero_stage: int) -> float:
     return max(relative_error(state[n], p.detach()) for n, p in plain.named_parameters())
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 0), (4, 1)])
-def test_thawed_parameters_join_the_optimizer(ranks: int, zero_stage: int) -> None:
-    for error in run_ranks(_thaw, ranks, zero_stage):
+LAUNCHES: dict[str, tuple[int, dict[str, tuple[Any, tuple[Any, ...]]]]] = {
+    "two": (
+        2,
+        {
+            "groups": (_train, ("groups", 1, 0)),
+            "adapters": (_train, ("adapters", 1, 0)),
+            "frozen first stage": (_train, ("frozen first stage", 1, 0)),
+            "thaw": (_thaw, (0,)),
+        },
+    ),
+    "three": (3, {"parameterless": (_train, ("parameterless", 1, 0))}),
+    "two by two, ZeRO-1": (4, {"groups": (_train, ("groups", 2, 1)), "thaw": (_thaw, (1,))}),
+}
+
+
+@pytest.fixture(scope="module", params=list(LAUNCHES))
+def results(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    """For each case of a launch, what the ranks give."""
+    ranks, calls = LAUNCHES[request.param]
+    return dict(zip(calls, run_in_turn(ranks, list(calls.values())), strict=True))
+
+
+def test_what_is_trained_follows_the_plain_run(results: dict[str, list[Any]]) -> None:
+    for name in results.keys() - {"thaw"}:
+        for result in results[name]:
+            assert result["loss"] <= 1e-5, name
+            assert max(result["parameters"].values()) <= 1e-5, (name, result["parameters"])
+        if name == "groups":
+            assert all(len(r["groups"]) == 3 for r in results[name])
+        if name in ("frozen first stage", "parameterless"):
+            before = len(results[name]) - 1
+            assert [bool(r["trained here"]) for r in results[name]] == [False] * before + [True]
+            assert [r["groups"] is None for r in results[name]] == [True] * before + [False]
+
+
+def test_thawed_parameters_join_the_optimizer(results: dict[str, list[Any]]) -> None:
+    for error in results.get("thaw", ()):
         assert error <= 1e-5
 
 
