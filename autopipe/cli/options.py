@@ -53,7 +53,11 @@ def _add_commands(commands: Any) -> None:
     simulate = commands.add_parser("simulate", help="play a step of a plan: timeline, bubble and memory of each rank")
     for command in (plan, report, simulate):
         _model(command, required=False)
-        command.add_argument("--profile", metavar="FILE", help="a profile, in place of a model")
+        command.add_argument(
+            "--profile",
+            metavar="FILE",
+            help="a profile, in place of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
+        )
         _run(command, measured=True)
         _planning(command, SCHEDULES if command is not simulate else (*SCHEDULES, *SIMULATED_ONLY))
     for command in (report, simulate):
@@ -125,6 +129,9 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
 def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> None:
     add = command.add_argument
     add("--num-stages", type=_count, metavar="K", help="stages of the pipeline, one for each device of a replica")
+    add("--num-devices", type=_count, metavar="N", help="devices, in place of stages: stages and replicas are searched")
+    add("--cluster", metavar="FILE", help="devices and links, in place of --link-* and --memory-limit")
+    add("--global-batch", type=_count, metavar="B", help="samples of a step over all replicas, where devices are given")
     add("--schedule", choices=schedules, help="order of forwards and backwards (default: 1f1b)")
     add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
     add("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 24GiB or 800MB")

@@ -10,9 +10,11 @@ import torch
 from autopipe.capture import capture
 from autopipe.cli.models import Example, load_example
 from autopipe.cli.options import CONSTRAINTS
+from autopipe.cli.searching import searched, sizes_to_profile, wants_search
 from autopipe.cli.whatif import link_of
+from autopipe.cluster import Cluster
 from autopipe.cost import DEFAULT_LINK
-from autopipe.engine.batch import MicroBatch, split
+from autopipe.engine.batch import MicroBatch, batch_size, split
 from autopipe.errors import ConfigError
 from autopipe.partition import Constraints, partition
 from autopipe.partition.request import MICROBATCHES_PER_STAGE
@@ -46,9 +48,15 @@ def profiled_plan(options: argparse.Namespace) -> tuple[Plan, Profile]:
             where="the command line",
             remedy=f"see `autopipe {options.command} --help`",
         )
+    if wants_search(options):
+        profiles = _profiles(options)
+        return searched(options, profiles), profiles[0]
     if options.num_stages is None:
         raise ConfigError(
-            "no number of stages", expected="--num-stages K", where="the command line", remedy="give --num-stages"
+            "no number of stages",
+            expected="--num-stages K",
+            where="the command line",
+            remedy="give --num-stages, or --num-devices",
         )
     count = options.num_microbatches or MICROBATCHES_PER_STAGE * options.num_stages
     if options.profile is not None:
@@ -60,6 +68,18 @@ def profiled_plan(options: argparse.Namespace) -> tuple[Plan, Profile]:
         print(f"note: a batch of {len(microbatches)} samples has no {count} micro-batches", file=sys.stderr)
     measured = _measured(options, example, microbatches[0])
     return _partitioned(options, measured, len(microbatches)), measured
+
+
+def _profiles(options: argparse.Namespace) -> list[Profile]:
+    """The profiles of a search: those of the call, or of its model at two micro-batch sizes."""
+    if options.profile is not None:
+        return [Profile.load(path) for path in options.profile.split(",")]
+    example = load_example(options.model)
+    batch = batch_size(example.args, example.kwargs, None)
+    devices = options.num_devices or len(Cluster.load(options.cluster).devices)
+    options.global_batch = options.global_batch or batch
+    sizes = sizes_to_profile(min(batch, options.global_batch), devices)
+    return [_measured(options, example, _microbatches(example, batch // size)[-1]) for size in sizes]
 
 
 def _microbatches(example: Example, count: int) -> list[MicroBatch]:

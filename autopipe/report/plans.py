@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from autopipe.plan import Plan, StagePlan
+from autopipe.report.candidates import candidate_table, why
 from autopipe.report.explain import explain
 from autopipe.report.tables import MIB, Cell, Column, Table, readable
 from autopipe.simulate import plan_costs
@@ -43,6 +44,8 @@ def plan_parts(plan: Plan) -> tuple[Table | str, ...]:
     parts: list[Table | str] = [stage_table(plan), _summary(plan)]
     if plan.baselines:
         parts.append(split_table(plan))
+    if plan.candidates:
+        parts += [candidate_table(plan), why(plan)]
     return (*parts, explain(plan))
 
 

@@ -295,3 +295,28 @@ def test_an_interleaved_plan_is_played_with_other_micro_batches(
     more = json.loads(capsys.readouterr().out)
     assert 0 < more["bubble"] < 1
     assert main(["report", "--plan", str(path), "-o", str(tmp_path / "page.html"), "--quiet"]) == 0
+
+
+def test_devices_take_the_place_of_a_number_of_stages(
+    tmp_path: Path, profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", "--profile", profile, "--time-budget-s", "0.5", "--quiet", "--format", "json"]
+    out = tmp_path / "searched.json"
+    assert main([*given, "--num-devices", "2", "--global-batch", "16", "-o", str(out)]) == 0
+    plan = json.loads(out.read_text())
+    assert plan["num_stages"] * plan["data_parallel"] == 2 and len(plan["candidates"]) > 1
+    assert plan["step_us"] == min(c["step_us"] for c in plan["candidates"]) >= plan["search_bound_us"] > 0
+    assert main(["report", "--plan", str(out)]) == 0
+    assert "ways to use the devices" in capsys.readouterr().out
+    cluster = tmp_path / "cluster.json"
+    node = {"count": 2, "devices": 2, "memory_bytes": 2**30}
+    link = {"latency_us": 5, "gbps": 100}
+    text = json.dumps(
+        {"schema": "autopipe.cluster/1", "nodes": [node], "within_node": link, "between_nodes": {**link, "gbps": 1}}
+    )
+    cluster.write_text(text)
+    assert main([*given, "--cluster", str(cluster), "--global-batch", "16", "-o", str(out)]) == 0
+    assert json.loads(out.read_text())["memory_limit_bytes"] == 2**30
+    fails(capsys, 2, "--link-gbps with --cluster", *given, "--cluster", str(cluster), "--link-gbps", "3")
+    cluster.write_text(text.replace("gbps", "gpbs"))
+    fails(capsys, 2, "the field 'gpbs'", *given, "--cluster", str(cluster))
