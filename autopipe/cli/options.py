@@ -46,6 +46,10 @@ def _add_commands(commands: Any) -> None:
     shown.add_argument(
         "--nodes", action="store_true", help="show every node, slowest first, in place of the module tree"
     )
+    shown.add_argument(
+        "--from", dest="scaled_from", metavar="FILE", help="scale this profile, of another device, to the --device"
+    )
+    shown.add_argument("--from-device", metavar="DEVICE", help="the published device that its device is closest to")
     shown.add_argument("--budget-s", type=_number, metavar="S", help="seconds of repeating measurements (default: 60)")
     _output(shown, FORMATS, "write the profile as JSON to FILE")
     plan = commands.add_parser("plan", help="cut a model or a profile into stages")

@@ -22,12 +22,48 @@ from autopipe.plan import Plan
 from profiler import estimate, profile
 from profiler.devices import DEVICES
 from profiler.records import Profile
+from profiler.scaling import known_device, scaled
 
 
 def profiled(options: argparse.Namespace) -> Profile:
     """The profile of the call's model, at the size of a micro-batch; the whole batch where no number of them is given."""
     example = load_example(options.model)
-    return _measured(options, example, _microbatches(example, options.num_microbatches or 1)[0])
+    microbatch = _microbatches(example, options.num_microbatches or 1)[0]
+    if options.scaled_from is not None:
+        return _scaled(options, example, microbatch)
+    if options.from_device is not None:
+        raise ConfigError(
+            "--from-device without --from",
+            expected="the profile to scale",
+            where="the command line",
+            remedy="add --from FILE",
+        )
+    return _measured(options, example, microbatch)
+
+
+def _scaled(options: argparse.Namespace, example: Example, microbatch: MicroBatch) -> Profile:
+    """A profile of another device, scaled to the one of the call."""
+    if not _is_estimated(options.device):
+        raise ConfigError(
+            f"--from with --device {options.device}",
+            expected=f"a device to scale to: {', '.join(d for d in DEVICES if d != 'cpu')}",
+            where="the command line",
+            remedy="name one of them",
+        )
+    before = Profile.load(options.scaled_from)
+    source = options.from_device or known_device(before.device)
+    if source not in DEVICES:
+        raise ConfigError(
+            f"--from-device {source}",
+            expected=f"one of {', '.join(DEVICES)}",
+            where="the command line",
+            remedy="name the one that is closest",
+        )
+    target = options.device
+    options.device = source
+    here = _measured(options, example, microbatch, estimated=True)
+    options.device = target
+    return scaled(before, here, _measured(options, example, microbatch, estimated=True))
 
 
 def planned(options: argparse.Namespace) -> Plan:
@@ -87,7 +123,9 @@ def _microbatches(example: Example, count: int) -> list[MicroBatch]:
     return split(example.args, example.kwargs, None, count)
 
 
-def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBatch) -> Profile:
+def _measured(
+    options: argparse.Namespace, example: Example, microbatch: MicroBatch, *, estimated: bool = False
+) -> Profile:
     captured = capture(example.model, microbatch.args, microbatch.kwargs)
     if captured.loss is not None:
         captured = captured.loss_only()  # what training runs: outputs beside the loss are not computed
@@ -95,7 +133,7 @@ def _measured(options: argparse.Namespace, example: Example, microbatch: MicroBa
         print(captured.report(), file=sys.stderr)
     values = captured.flatten(microbatch.args, microbatch.kwargs)
     graph, names, graph_hash = captured.graph_module, captured.names, captured.graph_hash
-    if _is_estimated(options.device):
+    if estimated or _is_estimated(options.device):
         return estimate(graph, values, device=options.device, names=names, graph_hash=graph_hash)
     budget = getattr(options, "budget_s", None)
     asked = {} if budget is None else {"budget_s": budget}

@@ -8,6 +8,7 @@ from typing import Any
 from autopipe.cluster import Cluster, Device
 from autopipe.errors import PartitionError
 from autopipe.partition import planning, request
+from autopipe.partition.layouts import check_kinds
 from autopipe.partition.search import Wanted, search
 from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
 from autopipe.simulate.reschedule import WORTH_TRYING
@@ -55,6 +56,7 @@ def partition(
         return planning.partition(profile, **arguments)
     profiles = check_sizes([profile] if isinstance(profile, Profile) else profile)
     devices = _devices(profiles[0], num_devices, cluster, arguments)
+    check_kinds(devices, profiles[0].device)
     batch = global_batch
     if batch is None:
         batch = profiles[0].microbatch_size * MICROBATCHES_PER_DEVICE * len(devices.devices)

@@ -7,11 +7,14 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from autopipe.cluster import Cluster
 from autopipe.cost import StageDevices
+from autopipe.errors import PartitionError
+from autopipe.plan import Plan, StagePlan
 from profiler.records import LinkProfile
 
 FEW_ORDERS = 24
@@ -126,6 +129,58 @@ def memory_limits(cluster: Cluster, layout: Layout, num_stages: int) -> tuple[fl
     P = layout.num_ranks
     each = [min(_memory(cluster, r) for r in layout.replicas_of(p)) for p in range(P)]
     return tuple(each[s % P] / -(-(num_stages - s % P) // P) for s in range(num_stages))
+
+
+def check_kinds(cluster: Cluster, device: str) -> None:
+    """Devices named by product must be what the costs are of: the ratio of two products differs from operator to operator.
+
+    Raises:
+        PartitionError: a device of the cluster is of another kind than the costs.
+    """
+    strange = sorted({d.kind for d in cluster.devices if d.kind not in ("", device)})
+    if strange:
+        raise PartitionError(
+            f"a device {strange[0]!r} in the cluster, and costs of {device!r}",
+            expected="costs of that device, or a speed in its place",
+            where="cluster",
+            remedy=f"profile with --device {strange[0]}, or --from FILE beside it, or give its speed against {device!r}",
+        )
+
+
+def on_cluster(plan: Plan, cluster: Cluster) -> Plan:
+    """The same cuts on the first devices of a cluster: their speeds, memory and links, and the sums over the replicas on them.
+
+    Raises:
+        ClusterError: it has fewer devices than the plan.
+        PartitionError: a device of another kind than the plan's costs are of.
+    """
+    P, D = plan.num_ranks or plan.num_stages, plan.data_parallel
+    cluster = cluster.first(P * D)
+    check_kinds(cluster, plan.device)
+    layout = Layout(data_parallel=D, num_ranks=P, placement=STAGES, ranks=plan.ranks or tuple(range(P * D)))
+    devices = stage_devices(cluster, layout, plan.num_stages)
+    limits = memory_limits(cluster, layout, P)
+    stages = tuple(
+        dataclasses.replace(
+            s,
+            forward_us=s.forward_us / float(devices.speed[s.index]),
+            backward_us=s.backward_us / float(devices.speed[s.index]),
+            reduce_us=_reduction_us(devices, s),
+            memory_limit_bytes=0 if math.isinf(limits[s.index % P]) else int(limits[s.index % P]),
+        )
+        for s in plan.stages
+    )
+    transfers = tuple(dataclasses.replace(t, link=devices.link(t.source, t.target)) for t in plan.transfers)
+    unknown: dict[str, Any] = {"lower_bound_us": 0.0, "bottleneck_bound_us": 0.0, "proved": False, "baselines": ()}
+    unknown |= {"candidates": (), "search_bound_us": 0.0, "memory_limit_bytes": 0}
+    return dataclasses.replace(plan, stages=stages, transfers=transfers, link=cluster.within, **unknown)
+
+
+def _reduction_us(devices: StageDevices, stage: StagePlan) -> float:
+    if not stage.gradient_bytes:
+        return 0.0
+    k = stage.index
+    return float(devices.reduce_latency_us[k] + devices.reduce_us_per_byte[k] * stage.gradient_bytes)
 
 
 def nominal_link(cluster: Cluster, layout: Layout) -> LinkProfile:

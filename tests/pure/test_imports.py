@@ -37,6 +37,7 @@ WITHOUT_TORCH = [
     "profiler/errors.py",
     "profiler/devices.py",
     "profiler/sizes.py",
+    "profiler/scaling.py",
     "autopipe/cluster.py",
     "autopipe/errors.py",
     "autopipe/plan.py",
@@ -47,7 +48,7 @@ WITHOUT_TORCH = [
     "autopipe/report",
 ]
 # Modules of `profiler` that need no torch; everything else in it does.
-PLAIN_PROFILER = {"profiler.records", "profiler.errors", "profiler.devices", "profiler.sizes"}
+PLAIN_PROFILER = {"profiler.records", "profiler.errors", "profiler.devices", "profiler.sizes", "profiler.scaling"}
 
 
 def _files(package: str) -> list[Path]:

@@ -51,13 +51,16 @@ value = 3
 
 PLANNING = [
     "--alone",
+    "--cluster",
     "--data-parallel",
     "--device",
     "--first",
+    "--global-batch",
     "--last",
     "--link-gbps",
     "--link-latency-us",
     "--memory-limit",
+    "--num-devices",
     "--num-microbatches",
     "--num-stages",
     "--objective",
@@ -75,7 +78,7 @@ FROZEN = {
     "env": COMMON,
     "export": [*COMMON, "--model", "--to"],
     "plan": [*COMMON, *PLANNING],
-    "profile": [*COMMON, "--budget-s", "--device", "--nodes", "--num-microbatches"],
+    "profile": [*COMMON, "--budget-s", "--device", "--from", "--from-device", "--nodes", "--num-microbatches"],
     "report": [*COMMON, *PLANNING, "--measured", "--plan", "--trace"],
     "simulate": [*COMMON, *PLANNING, "--plan"],
     "verify": [*COMMON, "--num-microbatches", "--num-stages", "--schedule", "--timeout-s", "--tolerance"],
@@ -320,3 +323,36 @@ def test_devices_take_the_place_of_a_number_of_stages(
     fails(capsys, 2, "--link-gbps with --cluster", *given, "--cluster", str(cluster), "--link-gbps", "3")
     cluster.write_text(text.replace("gbps", "gpbs"))
     fails(capsys, 2, "the field 'gpbs'", *given, "--cluster", str(cluster))
+
+
+def test_a_profile_is_scaled_and_a_plan_played_on_other_devices(
+    model: str, profile: str, plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["profile", f"{model}:build", "--num-microbatches", "4", "--from", profile, "--quiet"]
+    out = tmp_path / "scaled.json"
+    assert main([*given, "--device", "h100", "--from-device", "cpu", "-o", str(out)]) == 0
+    scaled = json.loads(out.read_text())
+    assert scaled["device"] == "h100" and not any(node["measured"] for node in scaled["nodes"])
+    fails(capsys, 2, "--from-device", *given, "--device", "h100")
+    fails(capsys, 2, "--from with --device cpu", *given, "--device", "cpu")
+    cluster = tmp_path / "fast.json"
+    link = {"latency_us": 0, "gbps": 1e6}
+    node = {"devices": 2, "speed": 2.0}
+    cluster.write_text(json.dumps({"schema": "autopipe.cluster/1", "nodes": [node], "within_node": link}))
+    assert main(["report", plan, "--cluster", str(cluster), "--format", "json"]) == 0
+    played, before = json.loads(capsys.readouterr().out), json.loads(Path(plan).read_text())
+    assert played["stages"][0]["forward_us"] == pytest.approx(before["stages"][0]["forward_us"] / 2)
+    assert played["step_us"] < before["step_us"]
+    fails(
+        capsys,
+        2,
+        "--link-gbps with --plan and --cluster",
+        "report",
+        plan,
+        "--cluster",
+        str(cluster),
+        "--link-gbps",
+        "1",
+    )
+    cluster.write_text(cluster.read_text().replace('"speed": 2.0', '"device": "a100"'))
+    fails(capsys, 2, "a device 'a100' in the cluster", "simulate", plan, "--cluster", str(cluster))
