@@ -29,11 +29,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
-from torch import nn  # noqa: E402
 
 from benchmarks.pipelines import rounds  # noqa: E402
 from benchmarks.pipelines.launch import on_ranks  # noqa: E402
-from benchmarks.pipelines.models import Residual, Transformer, mean_square  # noqa: E402
+from benchmarks.pipelines.models import Residual, Scale, Transformer, mean_square  # noqa: E402
 from benchmarks.pipelines.sleepers import simulated_s, sleeping_peers, sleeping_schedules  # noqa: E402
 
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
@@ -47,7 +46,7 @@ SIZES = (
     ("mlp 20", "mlp", 256, (128,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
-KINDS = {"mlp": Residual, "gpt": Transformer, "linear": lambda width: nn.Sequential(nn.Linear(width, width), nn.ReLU())}
+KINDS = {"mlp": Residual, "gpt": Transformer, "scale": Scale}
 
 
 def make(kind: str, width: int, shape: tuple[int, ...], each: int, num_stages: int, num_microbatches: int) -> Any:
@@ -82,7 +81,7 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
-    built = partial(make, "linear", 64, (16384,), 1, 3, 64)
+    built = partial(make, "scale", 64, (16384,), 1, 3, 64)
     found = {n: on_ranks(rounds.extra_memory, 3, built, 64, n) for n in peers}
     return [{"rank": r} | {f"{n} MB": found[n][r] for n in peers} for r in range(3)]
 

@@ -21,6 +21,17 @@ class Residual(nn.Module):
         return x + self.down(F.relu(self.up(self.norm(x))))
 
 
+class Scale(nn.Module):
+    """relu(w x): little compute beside what it keeps for its backward, its input and its output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x * self.w)
+
+
 class Transformer(nn.Module):
     """A pre-norm transformer block with the dropouts of GPT-2."""
 
