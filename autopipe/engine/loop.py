@@ -29,6 +29,12 @@ class Call:
     kwargs: Mapping[str, Any]
     target: Any
 
+    def to(self, device: torch.device) -> Call:
+        """The call with all of its tensors on a device."""
+        parts = (self.args, dict(self.kwargs), self.target)
+        args, kwargs, target = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, parts)
+        return Call(args=args, kwargs=kwargs, target=target)
+
 
 def call_of(item: Any, *, with_target: bool) -> Call:
     """What an iterator yields, as a call.
@@ -77,8 +83,7 @@ def agreed_calls(
         call, code, error = None, _READY, None
         context.watcher.enter("taking a batch from the data")
         try:
-            item = pytree.tree_map(lambda v: v.to(context.device) if isinstance(v, Tensor) else v, next(source))
-            call = call_of(item, with_target=with_target)
+            call = call_of(next(source), with_target=with_target).to(context.device)
         except StopIteration:
             code = _ENDED
         except Exception as caught:  # noqa: BLE001 (raised on every rank, below)
