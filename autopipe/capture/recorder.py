@@ -260,16 +260,8 @@ class Recorder(ValueReads):
         if name == "__reversed__":
             return self.record("call_method", "flip", (args[0], 0), {}, lambda: args[0].flip(0))
         op, target = _target(func, name)
-        recorded = False
-
-        def run() -> Any:
-            nonlocal recorded
-            out = func(*args, **kwargs)
-            recorded = bool(tensors_in(out)) or name == "__setitem__"
-            return out
-
-        out = self.record(op, target, args, kwargs, run)
-        if not recorded:
+        out = self.record(op, target, args, kwargs, lambda: func(*args, **kwargs))
+        if not tensors_in(out) and name != "__setitem__":  # a question that is answered with no tensor
             node = next(iter(reversed(self.graph.nodes)))
             if not node.meta.get("writes"):
                 self.graph.erase_node(node)

@@ -1043,3 +1043,10 @@ class Speech(nn.Module):
 CASES["speech with numpy masks and labels picked by value"] = lambda: (
     Speech(), (x(), torch.tensor([[1, 2, -1], [3, -1, -1]])), {},
 )  # fmt: skip
+
+
+@case("labels of any length picked by value", None, torch.tensor([[1, 2, -1], [3, -1, -1]]))
+def _(net: Any, h: Tensor, labels: Tensor) -> Any:
+    mask = labels >= 0
+    log_probs = net.last(h).log_softmax(-1)[:, None].expand(-1, 2, -1)
+    return F.ctc_loss(log_probs, labels.masked_select(mask), torch.full((2,), 4), mask.sum(-1))
