@@ -94,7 +94,7 @@ def stage_blocks(costs: IntervalCosts, num_stages: int, upper_us: float, effort:
         if first > end:
             return None
         load = costs.stage_load_us(rows, (first, end), k, K)
-        effort.spend(cells=load.size * (1 + costs.choices) + 4e3 * (1 + 5 * costs.choices))
+        effort.spend(cells=load.size * (1 + 0.3 * costs.choices) + 4e3 * (1 + costs.choices))
         load[load > slack] = np.inf
         load[~reachable] = np.inf
         reached = np.flatnonzero(np.isfinite(load).any(axis=0))

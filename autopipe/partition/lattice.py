@@ -138,7 +138,7 @@ class _Sweep:
             pairs = Pairs(self.problem.graph, before, after)
             load = pairs.load_us()
             choices = len(self.problem.graph.classes) if self.problem.memory.chooses(self.problem.graph) else 0
-            self.effort.spend(cells=load.size * (1 + choices + len(pairs.tensors) / 300))
+            self.effort.spend(cells=load.size * (1 + 0.3 * choices + len(pairs.tensors) / 300))
             if self.problem.memory.chooses(self.problem.graph):
                 wanted = np.isfinite(load) & ~pairs.equal
                 load = load + pairs.added_us(self.problem.memory, k, self.problem.num_stages, wanted)

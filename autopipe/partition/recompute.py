@@ -26,7 +26,7 @@ SHARES = 8
 """Classes, each with as many more of the saved bytes."""
 REGION_SHARES = (1 / 4, 1 / 16, 1 / 64)
 """The most that a region may make again at once, as shares of all saved bytes."""
-PARTS, SLICES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8), 64
+PARTS, SLICES = tuple(i / 16 for i in range(1, 16)), 64
 """Between two classes: the shares of the graph that take the dearer one, and the slices, of equal bytes, that are dealt out."""
 NEGLIGIBLE = 2e-5
 """The share of the forward below which a node belongs to every class: views, and operators on a few numbers."""
