@@ -110,7 +110,9 @@ class Reader:
         seed = self._field("seed", (int, type(None)))
         client = self._field("client_state", dict)
         self.seed: int | None = seed
-        self.progress: tuple[int, Any] = int(client.get("steps", 0)), client.get("client")
+        self.progress: tuple[int, Any] = named(
+            lambda: (int(client["steps"]), client["client"]), checkpoint / META, DAMAGED
+        )
 
     def _field(self, name: str, kind: Any) -> Any:
         value = self.meta.get(name)

@@ -80,7 +80,8 @@ def load(reader: Reader, parameters: StageParameters, optimizing: Optimizing) ->
             torch.set_rng_state(wanted[RNG])
         optimizing.set_state_by_name(states, meta["options"], meta["lr_scheduler"])
         if meta["loss_scale"] is not None:
-            optimizing.scale.scale, optimizing.scale.good_steps = meta["loss_scale"]
+            scale, good_steps = meta["loss_scale"]
+            optimizing.scale.scale, optimizing.scale.good_steps = float(scale), int(good_steps)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as cause:
         raise CheckpointError(
             f"{type(cause).__name__}: {cause}",

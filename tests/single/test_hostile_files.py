@@ -13,6 +13,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import autopipe
 from autopipe.checkpoint import MODEL, Reader, convert, newest, open_weights, write
+from autopipe.checkpoint.folders import sealed
 from autopipe.checkpoint.unpickling import SafeUnpickler
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7), "c": torch.arange(6).view(2, 3).bfloat16()}
@@ -146,6 +148,46 @@ def test_any_bytes(kind: str, good: Path, data: st.DataObject) -> None:
     if found is not None and kind in CHECKED:
         assert found.keys() == TENSORS.keys()
         assert all(torch.equal(found[n], TENSORS[n]) for n in found)
+
+
+def forge(folder: Path, **fields: Any) -> None:
+    """Changes fields of `meta.json` and makes its digest right, as somebody who means harm would."""
+    file = file_of(folder, "meta")
+    file.write_text(sealed({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("field", ["schema", "names", "checksums", "seed", "client_state"])
+@pytest.mark.parametrize(
+    "value", [None, -1, 1e400, "x", [], {}, {"b": ["../b"]}, {"b": None, "steps": "x"}, {"steps": 1e400}]
+)
+def test_a_forged_meta_json_is_told_or_harmless(field: str, value: Any, good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "copy")
+    forge(tmp_path / "copy", **{field: value})
+    harmless = field == "seed" and (value is None or value == -1)
+    try:
+        Reader(newest(tmp_path / "copy" / "run"))
+        if field == "names":
+            open_weights(tmp_path / "copy" / "run")
+            harmless = value == {}
+    except autopipe.CheckpointError as error:
+        assert error.remedy
+        return
+    assert harmless
+
+
+def test_forged_options_of_the_optimizer_are_told(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    start = partial(autopipe.pipeline, example_args=(x,), example_target=x, loss_fn=torch.nn.functional.mse_loss)
+    engine = start(torch.nn.Linear(4, 4), optimizer=torch.optim.AdamW)
+    engine.train_batch(x, target=x)
+    file = engine.save_checkpoint(tmp_path) / "meta.json"
+    good = json.loads(file.read_text())
+    for fields in ({"options": {"weight": 3}}, {"options": None}, {"loss_scale": "xy"}, {"loss_scale": 3}):
+        file.write_text(sealed({**good, **fields}))
+        with pytest.raises(autopipe.CheckpointError, match="remedy"):
+            engine.load_checkpoint(tmp_path)
+    file.write_text(sealed(good))
+    engine.load_checkpoint(tmp_path)
 
 
 class Bomb:
