@@ -29,19 +29,24 @@ from torch import nn
 
 import autopipe
 from autopipe.checkpoint import MODEL, Reader, newest
+from autopipe.plan import Plan
 from tests.gloo.launch import run_ranks, start_ranks
 
 SAVES_PER_FOLDER, KEEP = 2, 2
 
 
-def make_engine(width: int) -> Any:
+def make_engine(width: int, plan: Plan | None = None) -> Any:
     model, x = nn.Sequential(*(nn.Linear(width, width) for _ in range(4))), torch.randn(4, width)
-    return autopipe.pipeline(model, (x,), example_target=x, loss_fn=F.mse_loss)
+    return autopipe.pipeline(model, (x,), example_target=x, loss_fn=F.mse_loss, plan=plan)
 
 
-def save_without_end(folder: str, asynchronous: bool, width: int) -> None:
+def planned(width: int) -> Plan:
+    return make_engine(width).plan
+
+
+def save_without_end(folder: str, asynchronous: bool, width: int, plan: Plan | None) -> None:
     """Saves for ever; appends a line to `FOLDER.done` for each save that is whole."""
-    engine = make_engine(width)
+    engine = make_engine(width, plan)
     for number in itertools.count(1):
         for parameter in engine.parameters():
             parameter.data.fill_(number)
@@ -70,9 +75,11 @@ def saved_number(folder: Path) -> int:
     return int(values.pop())
 
 
-def crash(folder: Path, *, ranks: int, asynchronous: bool, width: int, chance: random.Random) -> dict[str, Any]:
+def crash(
+    folder: Path, *, ranks: int, asynchronous: bool, width: int, chance: random.Random, plan: Plan | None = None
+) -> dict[str, Any]:
     """Lets processes save, kills them, and looks at what is left."""
-    _, processes = start_ranks(save_without_end, ranks, str(folder), asynchronous, width)
+    _, processes = start_ranks(save_without_end, ranks, str(folder), asynchronous, width, plan)
     try:
         deadline = time.monotonic() + 60
         while last_done(folder) < 2 and time.monotonic() < deadline:
@@ -145,6 +152,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(arguments)
     chance, rows = random.Random(options.seed), []
+    plans = {ranks: run_ranks(planned, ranks, options.width)[0] for ranks in (1, 2)}  # so that runs begin at once
+    full = full_disks(options.width)
+    right = [r for r in full if r["error"] and r["stood"] == 1]
+    print(f"{len(full)} ranks on full disks: {len(right)} with an error and the last checkpoint as it was", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.crashes):
             place = Path(folder) / str(number)
@@ -154,10 +165,13 @@ def main(arguments: list[str]) -> None:
                 asynchronous=number % 4 >= 2,
                 width=options.width,
                 chance=chance,
+                plan=plans[1 + number % 2],
             )
             rows.append(row)
             if row["lost"]:
                 print(row, flush=True)
+            elif number % 10 == 9:
+                print(f"{number + 1} crashes", flush=True)
             with contextlib.suppress(OSError):
                 shutil.rmtree(place)
     lost = sum(r["lost"] for r in rows)
@@ -165,9 +179,6 @@ def main(arguments: list[str]) -> None:
         f"{len(rows)} crashes, {sum(r['unfinished'] for r in rows)} with a checkpoint half written, by ranks and way: "
         f"{dict(Counter((r['ranks'], 'asynchronous' if r['asynchronous'] else 'synchronous') for r in rows))}; {lost} lost"
     )
-    full = full_disks(options.width)
-    right = [r for r in full if r["error"] and r["stood"] == 1]
-    print(f"{len(full)} ranks on full disks: {len(right)} with an error and the last checkpoint as it was")
     if options.output:
         options.output.write_text(json.dumps({"crashes": rows, "full_disks": full}, indent=1))
     if lost or len(right) < len(full):
