@@ -2,8 +2,11 @@
 
 Each model of `benchmarks/families.py` is captured and profiled once, as the engine does it, and its step time and memory are predicted
 for several splits and numbers of micro-batches. The predictions are written to FILE before the first run. Then each of them is
-trained, twice in turn, so that what the machine itself varies by stands beside the error. Models that FILE holds already are
-left out; `--show` only prints what it holds.
+trained, twice in turn, so that what the machine itself varies by stands beside the error. Steps during which other processes took
+more than a twentieth of the machine are repeated. Models that FILE holds already are left out; `--show` only prints what it holds.
+
+On a machine that others use, `--cpu-time` takes the processor time of each forward and backward in the run, in place of the time on
+the wall, and the step that is simulated with these: it shows how well the costs of stages are predicted, and nothing about links.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import autopipe
 from autopipe.config import PipelineConfig
 from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.engine.batch import MicroBatch, split
+from autopipe.engine.clock import StepClock
 from autopipe.engine.context import make_context
 from autopipe.engine.planning import profiled
 from autopipe.engine.programs import capture_program
@@ -107,9 +111,11 @@ def microbatches(case: Case, count: int) -> list[MicroBatch]:
     return split(case.args, case.kwargs, case.target, count)
 
 
-def trained(name: str, key: Key, plan: Plan, num_tries: int) -> dict[str, Any]:
+def trained(name: str, key: Key, plan: Plan, num_tries: int, cpu_time: bool) -> dict[str, Any]:
     """What a few steps of a plan take on this rank: time of a step, of a whole call, and the most bytes held in one."""
     case = make(name, key[1])
+    if cpu_time:
+        StepClock._now = lambda self: time.thread_time_ns()  # type: ignore[method-assign]
     engine = autopipe.pipeline(
         case.model, optimizer=functools.partial(torch.optim.AdamW, lr=1e-4), loss_fn=case.loss_fn, plan=plan, device="cpu",
         self_check=False, seed=1,
@@ -132,7 +138,7 @@ def trained(name: str, key: Key, plan: Plan, num_tries: int) -> dict[str, Any]:
         tries.append((machine.foreign_share(), wall_us, times(engine._measured.last_step()[1])))
         if sum(share <= MOST_FOREIGN for share, _, _ in tries) == NUM_STEPS:
             break
-    engine._transport.close()
+    engine.close()
     best = sorted(tries, key=lambda t: max(t[0], MOST_FOREIGN))[:NUM_STEPS]
     return {
         "wall_us": [wall_us for _, wall_us, _ in best],
@@ -183,7 +189,7 @@ def held_bytes(engine: autopipe.Engine) -> int:
     return sum(t.untyped_storage().nbytes() for t in held)
 
 
-def rank_main(name: str, path: Path, num_tries: int, rank: int) -> None:
+def rank_main(name: str, path: Path, num_tries: int, cpu_time: bool, rank: int) -> None:
     """One model on this rank: predictions, then the runs in turn."""
     torch.manual_seed(0)
     dist.init_process_group("gloo")
@@ -191,24 +197,29 @@ def rank_main(name: str, path: Path, num_tries: int, rank: int) -> None:
     rounds = []
     num_rounds = 1 if num_tries == 1 else NUM_ROUNDS
     for _ in range(num_rounds):
-        rounds.append([trained(name, key, plan, num_tries) for key, plan in plans])
+        rounds.append([trained(name, key, plan, num_tries, cpu_time) for key, plan in plans])
     ranks: list[Any] = [None, None]
     dist.all_gather_object(ranks, rounds)
     if rank == 0:
         found = read(path)["models"][name]
         for i, case in enumerate(found["cases"]):
-            case["runs"] = [measured([ranks[r][n][i] for r in (0, 1)]) for n in range(num_rounds)]
+            plan = plans[i][1] if cpu_time else None
+            case["runs"] = [measured([ranks[r][n][i] for r in (0, 1)], plan) for n in range(num_rounds)]
         write(path, name, found)
     dist.destroy_process_group()
 
 
-def measured(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the steps that count, of both ranks; the step is the slower rank's."""
+def measured(ranks: Sequence[dict[str, Any]], plan: Plan | None) -> dict[str, Any]:
+    """Medians over the steps that count, of both ranks; the step is the slower rank's, with a plan the simulated one."""
     figures = {
         name: [statistics.median(step[name] for step in r["steps"]) for r in ranks]
         for name in ("forward_us", "backward_us", "waiting_us")
     }
     steps = [max(step["step_us"] for step in both) for both in zip(*(r["steps"] for r in ranks), strict=True)]
+    if plan is not None:
+        pairs = zip(plan.stages, figures["forward_us"], figures["backward_us"], strict=True)
+        stages = tuple(dataclasses.replace(s, forward_us=f, backward_us=b) for s, f, b in pairs)
+        steps = [autopipe.simulate(dataclasses.replace(plan, stages=stages)).makespan_us]
     return {
         **figures,
         "step_us": statistics.median(steps),
@@ -315,12 +326,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("prediction.json"))
     parser.add_argument("--only", help="names of models, separated by commas")
     parser.add_argument("--tries", type=int, default=MOST_TRIES, help="steps of a case at most; 1 for memory alone")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of computes, in place of wall time")
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
     for name in [] if options.show else (options.only.split(",") if options.only else CASES):
         found = read(options.output)["models"].get(name, {"cases": [{}]})
         if not all("runs" in case for case in found["cases"]):
-            run_processes(functools.partial(rank_main, name, options.output, options.tries), 2, timeout_s=280.0)
+            run_processes(
+                functools.partial(rank_main, name, options.output, options.tries, options.cpu_time), 2, timeout_s=280.0
+            )
     show(read(options.output))
 
 
