@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autopipe.cluster import Cluster
-from autopipe.cost import CostGraph, build_cost_graph
+from autopipe.cost import CostGraph, StageDevices, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import request
 from autopipe.partition.assemble import Run
@@ -188,27 +188,32 @@ class _Search:
         return self._graphs[size]
 
     def bound_us(self, way: Way) -> float:
-        """What no split can go below on this way, however many stages each rank has and whatever the schedule.
-
-        Ranks share the work of all micro-batches, and each sums the gradients of its own parameters after it.
-        """
-        graph, P, M = self.graph(way.microbatch_size), way.layout.num_ranks, way.num_microbatches
+        """What no split can go below on this way, however many stages each rank has and whatever the schedule."""
+        graph, P = self.graph(way.microbatch_size), way.layout.num_ranks
         devices = stage_devices(self.cluster, way.layout, P)
         load = load_bound_us(dataclasses.replace(graph, devices=devices), P)
-        trained = float((graph.param_bytes * graph.trainable).sum())
-        sums = float(devices.reduce_us_per_byte.min()) * trained
-        shared = (M * float(graph.work_us.sum()) + sums * float(devices.speed.min())) / float(devices.speed.sum())
-        return max(M * load + (sums if P == 1 else 0.0), shared)
+        alone = P == 1 and way.rounds == 1
+        return way.num_microbatches * load + (self._sums_us(way, devices) if alone else 0.0)
 
     def own_bound_us(self, way: Way) -> float:
-        """The same with as many stages on each rank as the way has."""
-        bound, P = self.bound_us(way), way.layout.num_ranks
-        if way.num_stages > P:
+        """The same with as many stages on each rank as the way has.
+
+        A rank with one stage sums its gradients when it has nothing more to compute; with several it can do both at once.
+        """
+        bound, P, M = self.bound_us(way), way.layout.num_ranks, way.num_microbatches
+        if way.rounds > 1:
             return bound
         devices = stage_devices(self.cluster, way.layout, P)
         graph = dataclasses.replace(self.graph(way.microbatch_size), devices=devices)
+        speed, work = devices.speed, M * float(graph.work_us.sum())
+        shared = (work + self._sums_us(way, devices) * float(speed.min())) / float(speed.sum())
         divided = "zb-h1" in self.wanted.schedules
-        return max(bound, step_bound_us(graph, P, way.num_microbatches, load_bound_us(graph, P), divided=divided))
+        return max(bound, shared, step_bound_us(graph, P, M, load_bound_us(graph, P), divided=divided))
+
+    def _sums_us(self, way: Way, devices: StageDevices) -> float:
+        """Time of summing all gradients over the replicas, at the pace of the fastest ring."""
+        graph = self.graph(way.microbatch_size)
+        return float(devices.reduce_us_per_byte.min()) * float((graph.param_bytes * graph.trainable).sum())
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -330,7 +335,7 @@ class _Search:
                 zero_stage=plan.zero_stage,
                 placement=way.layout.placement,
                 step_us=plan.step_us,
-                lower_bound_us=min(self.own_bound_us(way), plan.step_us),
+                lower_bound_us=self.own_bound_us(way),
                 peak_bytes=max(rank_peak_bytes(plan)),
                 recomputed=any(s.recompute for s in plan.stages),
             )
