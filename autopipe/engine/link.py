@@ -128,7 +128,9 @@ class Link(threading.Thread):
         state = look(self._board.pid, self._board.started) if self._board.visible and silent_s > 1 else None
         judged = verdict(silent_s, self._heartbeat_s, state)
         if judged not in ("well", "busy"):
-            self._learn(self._of_board(what_was_seen(judged, silent_s)))
+            first = self._of_board(what_was_seen(judged, silent_s))
+            self.wire.send({"failed": first.to_json()})  # for the board to read, should it ever go on
+            self._learn(first)
 
     def _of_board(self, message: str) -> Failure:
         return Failure(rank=0, stage=self._board_at.stage, phase=self._board_at.phase, message=message)
