@@ -62,14 +62,18 @@ class CallComparison:
 
 
 class LossSum:
-    """The sum of the weighted losses over all stages and replicas, on every rank.
+    """The sum of the weighted losses over all stages and replicas, on every rank, and whether any rank wants to stop.
 
     Args:
         num_due: losses that this rank's stages will make in this step.
+
+    Attributes:
+        stopping: any rank wants to stop; known after `finish`.
     """
 
     def __init__(self, context: Context, num_due: int) -> None:
         self._context, self._due = context, num_due
+        self.stopping = False
         self._early = context.device.type == "cpu"  # on CUDA the host would wait for the last forward
         self._sum = torch.zeros((), device=context.device)
         self._open = False
@@ -89,7 +93,11 @@ class LossSum:
     def _start_if_complete(self) -> None:
         ready = self._open and self._due == 0 and self._work is None
         if ready and self._early and self._context.control is not None:
-            self._work = dist.all_reduce(self._sum, group=self._context.control, async_op=True)
+            self._both = self._with_stop()
+            self._work = dist.all_reduce(self._both, group=self._context.control, async_op=True)
+
+    def _with_stop(self) -> Tensor:
+        return torch.stack([self._sum.to("cpu"), torch.tensor(float(self._context.preemption.asked))])
 
     def finish(self) -> Tensor:
         """The loss on the CPU. Collective.
@@ -97,9 +105,11 @@ class LossSum:
         Raises:
             RuntimeError: the connection is lost.
         """
-        total = self._sum.to("cpu")
         if self._work is not None:
             self._work.wait()
-        elif self._context.control is not None:
-            dist.all_reduce(total, group=self._context.control)
-        return total
+        else:
+            self._both = self._with_stop()
+            if self._context.control is not None:
+                dist.all_reduce(self._both, group=self._context.control)
+        self.stopping = bool(self._both[1] > 0)
+        return self._both[0].clone()

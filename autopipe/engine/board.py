@@ -268,7 +268,8 @@ class Board(threading.Thread):
             member.warned = True
             phase = member.place.phase if member.place else "starting"
             _LOG.warning(
-                "rank %d has been silent for %.0f s, but its process runs: %s holds Python's lock",
+                "rank %d has been silent for %.0f s in %s, but its process runs: an operation holds Python's lock, or the machine "
+                "is overloaded",
                 member.rank,
                 silent_s,
                 phase,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from autopipe.engine.preemption import Preemption
 from autopipe.engine.watcher import Watcher
 from autopipe.engine.watching import start_watching, wake
 from autopipe.errors import AutopipeError, ConfigError, EngineError
@@ -28,6 +29,7 @@ class Context:
         owns_world: the default process group was made here, and is destroyed on closing.
         watcher: tells the other ranks of failures here, and raises theirs.
         groups: the process groups that the engine has made.
+        preemption: whether this process was asked to end.
     """
 
     rank: int
@@ -37,6 +39,7 @@ class Context:
     owns_world: bool = False
     watcher: Watcher = field(default_factory=Watcher)
     groups: list[Any] = field(default_factory=list)
+    preemption: Preemption = field(default_factory=Preemption)
 
     def new_group(self, ranks: Sequence[int] | None = None, **options: Any) -> Any:
         """A process group, whose connections end with a failure of the run. Collective over all ranks."""

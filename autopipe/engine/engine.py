@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class Engine(IteratorFront):
         self.steps += 1
         self._measured.add(step, self._layout.stages)
         self.watcher.tell_paces(self._measured.paces(self.plan))
+        if step.loss is not None and step.loss.stopping:
+            self._context.preemption.save_and_exit()
         return loss
 
     @watched
@@ -220,6 +222,28 @@ class Engine(IteratorFront):
             self._context.agree(lambda: load(reader, self._placed(), self._optimizer()))
             self._ready().seed = self._ready().seed if reader.seed is None else reader.seed
 
+    def save_on_sigterm(
+        self, directory: str | Path, client_state: Callable[[], Any] | None = None, *, keep: int | None = None
+    ) -> None:
+        """From now on SIGTERM, on any rank, ends the run well: all ranks finish the step, save a checkpoint, and exit with 0.
+
+        A second one changes nothing. What launches the run must allow for a step and a checkpoint: torchrun waits 30 s.
+
+        Args:
+            directory, keep: as for `save_checkpoint`.
+            client_state: gives what is saved as such; called inside of `train_batch`, when `steps` counts the step that is done.
+
+        Raises:
+            ConfigError: this is not the main thread.
+        """
+
+        def save() -> None:
+            state = None if client_state is None else client_state()
+            self.save_checkpoint(directory, client_state=state, keep=keep)
+            self.close()
+
+        self._context.preemption.arm(save)
+
     def sampler(self, dataset: Dataset[Any], *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
         """A sampler that gives each replica a share of its own, the same on all ranks of a replica; for `shard_batch=False`."""
         layout = self._layout
@@ -256,6 +280,7 @@ class Engine(IteratorFront):
         """
         if self._plan is not None:
             return
+        self.watcher.enter("capturing and planning")
         config, context, model = self._config, self._context, self._model
         originals = lower(model) if config.precision == "bf16-params" else {}
         if (

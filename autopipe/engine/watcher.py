@@ -41,6 +41,7 @@ class Watcher:
         self._link: Link | None = None
         self._board: Board | None = None
         self._what: tuple[Action | str, bool, float, int] = ("starting", False, time.monotonic(), 0)
+        self._spent_s = 0.0
         self._durations: dict[Any, deque[float]] = {}
         self._first: Failure | None = None
         self._depth = 0
@@ -68,13 +69,18 @@ class Watcher:
         """
         if self._first is not None and self._depth:
             raise self._first.error()
+        self._move(what, waiting)
+
+    def _move(self, what: Action | str, waiting: bool) -> None:
         before, waited, since, serial = self._what
         now = time.monotonic()
-        if not waited:
+        self._spent_s += 0.0 if waited else now - since
+        if what != before:  # its waits are over too: so long it took of its own
             key = (before.kind, before.stage) if isinstance(before, Action) else before
             if key not in self._durations:
                 self._durations[key] = deque(maxlen=KEPT_DURATIONS)
-            self._durations[key].append(now - since)
+            self._durations[key].append(self._spent_s)
+            self._spent_s = 0.0
         self._what = what, waiting, now, serial + 1
 
     @contextlib.contextmanager
@@ -132,7 +138,7 @@ class Watcher:
             raise self.fail(cause) from cause
         finally:
             self._depth -= 1
-            self._what = BETWEEN_STEPS, False, time.monotonic(), self._what[3] + 1
+            self._move(BETWEEN_STEPS, False)
 
     def check(self) -> None:
         """Raises the first cause where there is one, or names a rank that has left."""

@@ -23,7 +23,7 @@ SHORT = {
     "unet_skips": ["--steps", "2"],
     "transformers_gpt2": [],
 }
-LAUNCHED_OTHERWISE = {"dry_run_7b": "tests/single/test_cli.py"}
+LAUNCHED_OTHERWISE = {"resume": "tests/gloo/test_resume.py", "dry_run_7b": "tests/single/test_cli.py"}
 
 
 def _run(path: str, arguments: list[str]) -> None:

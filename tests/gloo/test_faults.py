@@ -1,0 +1,59 @@
+"""A small part of `benchmarks/durability.py faults`, and ranks that end the run in other ways."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.durability.faults import run
+from tests.gloo.launch import run_ranks
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "phase", "how"),
+    [
+        (3, 2, "backward", "raise"),
+        (2, 1, "between steps", "raise"),
+        (2, 0, "optimizer", "kill"),
+        (3, 0, "forward", "stop"),
+        (2, 1, "loss", "slow"),
+        (2, 1, "forward", "hold the lock"),
+    ],
+)
+def test_the_right_rank_is_named_in_time(world: int, rank: int, phase: str, how: str) -> None:
+    outcome = run({"world": world, "rank": rank, "phase": phase, "how": how})
+    assert not outcome.wrong, outcome.wrong
+    assert outcome.orphans == 0
+
+
+def _train(what: str) -> str:
+    import autopipe
+
+    rank = int(os.environ["RANK"])
+    if what == "another torch" and rank == 1:
+        torch.__version__ = "1.0"
+    x, target = torch.randn(8, 4), torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    try:
+        with autopipe.pipeline(model, (x,), example_target=target, loss_fn=F.mse_loss) as engine:
+            for _ in range(3 if what == "fewer steps" and rank == 1 else 6):
+                engine.train_batch(x, target=target)
+    except autopipe.AutopipeError as error:
+        return str(error)
+    return "finished"
+
+
+def test_a_rank_that_ends_its_training_earlier_is_named() -> None:
+    first, second = run_ranks(_train, 2, "fewer steps", timeout_s=60)
+    assert second == "finished"
+    assert "rank 1" in first
+    assert "it has left" in first
+
+
+def test_other_versions_on_a_rank_are_named_on_all() -> None:
+    for message in run_ranks(_train, 2, "another torch", timeout_s=60):
+        assert "rank 1 has torch 1.0" in message
