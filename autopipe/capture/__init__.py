@@ -14,7 +14,7 @@ from autopipe.capture.captured import Captured
 from autopipe.capture.chain import recordings
 from autopipe.capture.loss import LossFunction
 from autopipe.capture.places import source_of
-from autopipe.capture.selfcheck import preserved_state, self_check
+from autopipe.capture.selfcheck import Unrepeatable, preserved_state, self_check
 from autopipe.capture.trace import Call
 from autopipe.errors import CaptureError
 
@@ -59,6 +59,8 @@ def capture(
             return captured
         try:
             self_check(model, captured, call)
+        except Unrepeatable:
+            raise
         except CaptureError as cause:
             wrong = wrong or cause
         else:

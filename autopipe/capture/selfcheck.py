@@ -23,6 +23,10 @@ from autopipe.errors import CaptureError
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+class Unrepeatable(CaptureError):
+    """The model differs from itself on one micro-batch with the same random state: no graph can be compared with it."""
+
+
 @contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Puts back buffers and the random states of torch, Python and numpy when the context ends."""
@@ -89,7 +93,8 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
     for name, value in expected.items():
         difference = _difference(got.get(name), value)
         if difference:
-            raise CaptureError(
+            repeats = not _difference(_observe(model, run_model).get(name), value)
+            raise (CaptureError if repeats else Unrepeatable)(
                 f"the captured graph differs from the model in {name}: {difference}",
                 expected="equal outputs, gradients and buffers on one micro-batch",
                 where=source_of(model, _owner(name)),
