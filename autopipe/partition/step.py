@@ -32,8 +32,8 @@ LARGE, LARGE_GRID = 1200, 400
 """Nodes from which the DPs run on a grid, and its size."""
 STARTS_MOVED, STALL = 8, 24
 """Splits from which descent starts, and orders in a row without a shorter step after which the search ends."""
-TINY = 32
-"""Nodes up to which random starts are worth their time."""
+TINY, STALL_TINY, ANYWHERE = 32, 80, 20
+"""Nodes up to which random starts are worth their time, the orders in a row then, and how many are drawn for one that fits."""
 ACTION_S, ASSIGNMENT_S, NODE_S = 1e-6, 4e-4, 4e-7
 """Seconds that the simulator takes for an action, and that costing an assignment takes, and for each node of it."""
 
@@ -92,13 +92,14 @@ def _moved(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> I
 
 def _relinearised(problem: Problem, clock: Clock, best: IntArray, random: Random, effort: Effort) -> IntArray:
     """The same from other orders of the best stages, kicked every other time, until `STALL` in a row bring nothing."""
-    idle = 0
-    while idle < STALL and not effort.spent:
+    idle, stall = 0, STALL_TINY if problem.graph.num_nodes <= TINY else STALL
+    while idle < stall and not effort.spent:
         order = relinearise(problem.graph, best, random, idle)
         start = Solution(load_us=np.inf, stage_of=best, order=order)
         near = kick(problem, start, random, effort) if idle % 2 else start
         if idle % 3 == 2 and problem.graph.num_nodes <= TINY:
-            near = _anywhere(problem, random)
+            tries = (_anywhere(problem, random) for _ in range(ANYWHERE))
+            near = next((s for s in tries if np.isfinite(clock.step_us(s.stage_of))), near)
         found = min(
             [near, *_neighbours(problem, clock, dataclasses.replace(near, load_us=np.inf), effort)],
             key=lambda s: clock.step_us(s.stage_of),
