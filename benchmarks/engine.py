@@ -82,7 +82,10 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
     built = partial(make, "scale", 64, (16384,), 1, 3, 64)
-    found = {n: on_ranks(rounds.extra_memory, 3, built, 64, n) for n in peers}
+    found = {}
+    for n in peers:
+        found[n] = on_ranks(rounds.extra_memory, 3, built, 64, n)
+        print(f"{n}: {found[n]}", file=sys.stderr, flush=True)
     return [{"rank": r} | {f"{n} MB": found[n][r] for n in peers} for r in range(3)]
 
 

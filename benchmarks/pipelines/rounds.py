@@ -67,10 +67,9 @@ def compare(
 def extra_memory(
     make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_microbatches: int, peer: str
 ) -> float:
-    """MB by which a step raises this process's resident memory at its peak, the third step of a run."""
+    """MB by which a step raises this process's resident memory at its peak, the second step of a run."""
     layers, batch, target, loss_fn = make()
     step = PEERS[peer](layers, batch, target, loss_fn, num_microbatches)
-    step()
     step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
