@@ -3,7 +3,7 @@
     python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,torch,deepspeed] [-o FILE]
 
 compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
-memory:  what a step adds to the resident memory of each of 3 processes, 64 micro-batches of 4 MB.
+memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time.
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
 
@@ -81,12 +81,13 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
-    built = partial(make, "scale", 64, (16384,), 1, 3, 64)
-    found = {}
+    peaks: dict[tuple[str, int], list[float]] = {}
     for n in peers:
-        found[n] = on_ranks(rounds.extra_memory, 3, built, 64, n)
-        print(f"{n}: {found[n]}", file=sys.stderr, flush=True)
-    return [{"rank": r} | {f"{n} MB": found[n][r] for n in peers} for r in range(3)]
+        for count in (8, 64):
+            built = partial(make, "scale", 64, (16384,), 1, 3, count)
+            peaks[n, count] = on_ranks(rounds.peak_memory, 3, built, count, n)
+            print(f"{n}, {count} micro-batches: {peaks[n, count]} MB", file=sys.stderr, flush=True)
+    return [{"rank": r} | {f"{n} MB": peaks[n, 64][r] - peaks[n, 8][r] for n in peers} for r in range(3)]
 
 
 def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:

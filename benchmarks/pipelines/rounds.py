@@ -64,15 +64,15 @@ def compare(
     return {"times": times, "alone": times.pop("alone"), "losses": losses}
 
 
-def extra_memory(
+def peak_memory(
     make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_microbatches: int, peer: str
 ) -> float:
-    """MB by which a step raises this process's resident memory at its peak, the second step of a run."""
+    """MB that this process holds at the peak of its second step beyond model and data, code included."""
     layers, batch, target, loss_fn = make()
+    before = _status("VmRSS")
     step = PEERS[peer](layers, batch, target, loss_fn, num_microbatches)
     step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
     dist.barrier()
     step()
     return (_status("VmHWM") - before) / 1e3
