@@ -161,8 +161,12 @@ class Watcher:
         return self._first.error()
 
     def leave(self, cause: BaseException) -> None:
-        """Tells all ranks that an exception ends the script, unless they know of a failure already."""
-        if self._first is None and self._link is not None and not self.closed:
+        """Tells all ranks that an exception ends the script, unless they know of a failure already.
+
+        Errors of autopipe were raised on all ranks; where one was not, the board has a note of it, and the rank that leaves is named with it.
+        """
+        known = self._first is not None or isinstance(cause, AutopipeError)
+        if not known and self._link is not None and not self.closed:
             self.fail(cause)
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from tests.gloo.launch import run_ranks
     [
         (3, 2, "backward", "raise"),
         (2, 1, "between steps", "raise"),
+        (4, 2, "data", "raise"),
         (2, 0, "optimizer", "kill"),
         (3, 0, "forward", "stop"),
         (2, 1, "loss", "slow"),
