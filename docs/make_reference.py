@@ -37,7 +37,7 @@ def entry(name: str, value: Any) -> Iterator[str]:
         yield from described(value)
         return
     yield from described(value)
-    for member, found in vars(value).items():
+    for member, found in members(value).items():
         if member.startswith("_") or not is_documented(found):
             continue
         if isinstance(found, property):
@@ -46,6 +46,15 @@ def entry(name: str, value: Any) -> Iterator[str]:
             bound = getattr(value, member)
             yield from ("", f"#### {name}.{member}()", "", *code(f"{name.rpartition('.')[2]}.{member}", bound))
             yield from described(bound)
+
+
+def members(value: type) -> dict[str, Any]:
+    """What a class and its bases in these packages define, its own first."""
+    found: dict[str, Any] = {}
+    for base in value.__mro__:
+        if base.__module__.partition(".")[0] in (autopipe.__name__, profiler.__name__):
+            found = found | {name: member for name, member in vars(base).items() if name not in found}
+    return found
 
 
 def is_documented(member: Any) -> bool:
