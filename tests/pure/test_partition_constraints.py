@@ -62,7 +62,7 @@ def test_the_best_of_all_assignments_that_obey(capped: bool) -> None:
                 profile,
                 objective=objective,
                 memory_limit=limit if capped else None,
-                time_budget_s=0.05,
+                time_budget_s=0.2,
                 **arguments,
             )
             assert obeys(plan.stage_of, constraints, K)
