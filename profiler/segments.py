@@ -26,8 +26,9 @@ from profiler.tensors import ModelTensors
 NUM_SEGMENTS, NUM_REPEATS = 4, 8
 IN_FLIGHT = 2
 """Micro-batches whose activations are held at once, as on a stage: fresh memory is slower than memory that was just released."""
-MAX_SEGMENT_BYTES = 2**30
-"""A segment holds at most this much, parameters and activations together, so that models larger than the device work."""
+MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, PARAMETERS_SHARE = 2**30, 2**25, 1 / 16
+"""A segment holds at most this share of the model's parameters, within these bounds, parameters, gradients and activations
+together: models larger than the device work, and a rank that measures holds little beside its stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ def choose_segments(graph: fx.Graph, profiles: Sequence[NodeProfile], budget_s: 
     order = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     total_us = sum(p.forward_us + p.backward_us for p in profiles)
     limit_us = min(total_us / NUM_SEGMENTS, budget_s * 1e6 / (NUM_SEGMENTS * (NUM_REPEATS + IN_FLIGHT)))
+    share = int(PARAMETERS_SHARE * sum(p.param_bytes for p in profiles))
+    limit_bytes = min(MAX_SEGMENT_BYTES, max(MIN_SEGMENT_BYTES, share))
     starts: list[int] = []
     seen_us = 0.0
     for i, node in enumerate(order):
@@ -56,7 +59,7 @@ def choose_segments(graph: fx.Graph, profiles: Sequence[NodeProfile], budget_s: 
             starts.append(i)
         seen_us += _time_us(costs.get(node.name))
     ends = [*starts[1:], len(order)]
-    parts = [_taken(order[a:b], costs, limit_us) for a, b in zip(starts, ends, strict=True)]
+    parts = [_taken(order[a:b], costs, limit_us, limit_bytes) for a, b in zip(starts, ends, strict=True)]
     return [_segment(nodes) for nodes in parts if any(is_compute(n) for n in nodes)]
 
 
@@ -64,15 +67,17 @@ def _time_us(cost: NodeProfile | None) -> float:
     return cost.forward_us + cost.backward_us if cost else 0.0
 
 
-def _taken(nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile], limit_us: float) -> list[fx.Node]:
+def _taken(
+    nodes: Sequence[fx.Node], costs: Mapping[str, NodeProfile], limit_us: float, limit_bytes: int
+) -> list[fx.Node]:
     """The first of the nodes, up to the limits; never the end of an autocast region without its beginning."""
     taken: list[fx.Node] = []
     time_us, held = 0.0, 0
     for node in nodes:
         cost = costs.get(node.name)
-        held += IN_FLIGHT * (cost.saved_bytes + cost.output_bytes) + 2 * cost.param_bytes if cost else 0
+        held += IN_FLIGHT * (cost.saved_bytes + cost.output_bytes) + 3 * cost.param_bytes if cost else 0
         leaves_region = is_region(node) and any(n not in taken for n in node.all_input_nodes)
-        if leaves_region or (time_us > 0 and (time_us >= limit_us or held > MAX_SEGMENT_BYTES)):
+        if leaves_region or (time_us > 0 and (time_us >= limit_us or held > limit_bytes)):
             break
         taken.append(node)
         time_us += _time_us(cost)
