@@ -145,8 +145,13 @@ def make_context(device: torch.device | str | None) -> Context:
     if owns:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+        store, rank, world_size = _store_of_this_attempt()
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", device_id=chosen if chosen.type == "cuda" else None
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
     if dist.get_world_size() == 1:
         return Context(rank=0, world_size=1, device=chosen, owns_world=owns)
@@ -155,6 +160,15 @@ def make_context(device: torch.device | str | None) -> Context:
     context.control = context.new_group(backend="gloo")
     start_watching(context.watcher, world_size, context.gather, lambda: wake(context.groups, rank))
     return context
+
+
+def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
+    """The launch's store, rank and number of ranks; after a restart by torchrun, apart from the keys of the attempt before.
+
+    torchrun keeps its store over restarts, and gloo would connect to addresses that the dead ranks have left in it.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world_size
 
 
 def _device(device: torch.device | str | None) -> torch.device:
