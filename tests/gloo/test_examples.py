@@ -22,6 +22,7 @@ SHORT = {
     "train_and_evaluate": ["--epochs", "1", "--windows", "128", "--checkpoints", "{tmp}"],
     "unet_skips": ["--steps", "2"],
     "transformers_gpt2": [],
+    "convert_gpt2": ["--steps", "2", "--folder", "{tmp}"],
 }
 LAUNCHED_OTHERWISE = {"resume": "tests/gloo/test_resume.py", "dry_run_7b": "tests/single/test_cli.py"}
 

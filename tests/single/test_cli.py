@@ -356,3 +356,15 @@ def test_a_profile_is_scaled_and_a_plan_played_on_other_devices(
     )
     cluster.write_text(cluster.read_text().replace('"speed": 2.0', '"device": "a100"'))
     fails(capsys, 2, "a device 'a100' in the cluster", "simulate", plan, "--cluster", str(cluster))
+
+
+def test_seven_billion_parameters_are_planned_for_devices_that_are_not_here(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "dry_run_7b.py"
+    arguments = ["--device", "h100", "--num-stages", "8", "--num-microbatches", "32", "--quiet"]
+    assert main(["plan", f"{example}:build", *arguments, "-o", str(tmp_path / "plan.json")]) == 0
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.estimated and plan.num_stages == 8
+    assert (
+        sum(stage.param_bytes for stage in plan.stages) >= 2 * 6_738_415_616
+    )  # bfloat16, and what is read by two stages
+    assert all(stage.peak_bytes < 80e9 for stage in plan.stages)
