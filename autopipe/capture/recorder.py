@@ -22,7 +22,7 @@ from autopipe.capture.guards import (
     Permission,
     ctc_twin,
 )
-from autopipe.capture.objects import attributes_of, make_object, make_registered
+from autopipe.capture.objects import attributes_of, make_object, make_registered, plain_values
 from autopipe.capture.places import source_line
 from autopipe.capture.reading import READS_VALUES, SIZES, Untraceable, ValueReads
 from autopipe.capture.regions import RegionReader
@@ -158,8 +158,8 @@ class Recorder(ValueReads):
         try:
             with self.random:
                 out = run()
-            if varies is not None and (self.random.read or self.random.shaped_by_values):
-                varying = varies(out)
+            if varies is not None and (self.random.read or self.random.shaped_by_values or plain_values(out)):
+                varying = varies(out)  # numbers beside tensors: `tolist` reads values without an operator to be seen
         except DynamicOutputShapeException:
             out = ctc_twin(args, kwargs) if target is F.ctc_loss else None
             out = self.evaluated(op, target, node_args, node_kwargs) if out is None else out
