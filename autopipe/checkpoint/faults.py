@@ -31,6 +31,12 @@ def named(work: Callable[[], T], where: Path, remedy: str = KEPT) -> T:
 def fault(where: Path, cause: BaseException, remedy: str = KEPT) -> CheckpointError:
     """The error for an exception that concerns a file."""
     told = str(cause).splitlines()[0] if str(cause) else "no message"
-    if "unexpected pos" in told:  # what torch's zip writer makes of a write that failed
-        told += " (a write was cut short: the disk may be full)"
     return CheckpointError(f"{type(cause).__name__}: {told}", where=str(where), remedy=remedy)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind another: where a write fails, torch's zip writer raises one about positions in its file."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause

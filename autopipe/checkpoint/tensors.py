@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from autopipe.checkpoint.faults import DAMAGED, named
+from autopipe.checkpoint.faults import DAMAGED, named, system_error
 from autopipe.checkpoint.files import Stored, as_bytes
 from autopipe.checkpoint.folders import META, METADATA, read_meta
 from autopipe.checkpoint.unpickling import SafeUnpickler
@@ -38,12 +38,26 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor | Stored], group: A
     }
     dcp.save(
         shapes,
-        storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
+        storage_writer=_Writer(folder, sync_files=True),
         planner=planner,
         process_group=group,
         no_dist=group is None,
     )
     return planner.checksums
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Raises what the operating system said, which is lost on the way to the other ranks otherwise."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        """Writes this rank's tensors."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            hidden = system_error(error)
+            if hidden is None or hidden is error:
+                raise
+            raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
 
 
 class _LazyPlanner(dcp.DefaultSavePlanner):
