@@ -41,7 +41,7 @@ WITHOUT_TORCH = [
     "autopipe/cluster.py",
     "autopipe/errors.py",
     "autopipe/plan.py",
-    "autopipe/cost.py",
+    "autopipe/cost",
     "autopipe/partition",
     "autopipe/schedule",
     "autopipe/simulate",

@@ -1,0 +1,22 @@
+"""A profile and a link become a `CostGraph`: arrays of times, bytes and tensors, from which the cost of any stage follows."""
+
+from autopipe.cost.build import DEFAULT_LINK, build_cost_graph
+from autopipe.cost.contraction import indivisible
+from autopipe.cost.graph import CostGraph, FloatArray, IntArray, Readers, RecomputeClass, StageDevices, sum_by
+from autopipe.cost.stages import StageCosts, crossings, stage_costs
+
+__all__ = [
+    "DEFAULT_LINK",
+    "CostGraph",
+    "FloatArray",
+    "IntArray",
+    "Readers",
+    "RecomputeClass",
+    "StageCosts",
+    "StageDevices",
+    "build_cost_graph",
+    "crossings",
+    "indivisible",
+    "stage_costs",
+    "sum_by",
+]
