@@ -13,7 +13,7 @@ from benchmarks.coverage.pool import read
 
 LISTS = ("transformers", "torchvision", "timm", "hard")
 Results = dict[str, dict[str, Any]]
-_TITLES = {"hard": "hard cases (`tests/single/hard_cases.py`)"}
+_TITLES = {"hard": "hard cases (`tests/single/hard_cases/`)"}
 _ROUTES = ("recorded", "recorded, compiling", "opaque", "guarded", "exported")
 
 

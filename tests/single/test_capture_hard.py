@@ -33,7 +33,7 @@ def test_a_hard_case_is_right_or_refused_in_words(name: str) -> None:
         answer = check(model, args, kwargs)
     if name in REFUSED:
         assert answer["outcome"] == "refused"
-        for part in ("module", "hard_cases.py:", "remedy"):
+        for part in ("module", "/hard_cases/", "remedy"):
             assert part in answer["why"]
     else:
         assert answer["outcome"] == "right", answer
