@@ -24,8 +24,9 @@ from autopipe.capture.compat import (
 )
 from autopipe.capture.hooks import call_with_hooks
 from autopipe.capture.objects import holds_state, map_tensors
-from autopipe.capture.opaque import materialise, run_module, shapes_vary
+from autopipe.capture.opaque import materialise, run_module, what_varies
 from autopipe.capture.places import AttributesRead, MethodModule, method_target
+from autopipe.capture.reading import Varies
 from autopipe.capture.recorder import Recorder
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -136,8 +137,8 @@ class ModuleCalls:
         own = [*module.parameters(), *module.buffers()]
         whole = name in self._opaque and self._fake_mode is None
 
-        def varies(out: Any) -> bool:
-            return shapes_vary(lambda *a, **k: original(module, *a, **k), module, args, kwargs, out)
+        def varies(out: Any) -> Varies:
+            return what_varies(lambda *a, **k: original(module, *a, **k), module, args, kwargs, out)
 
         state = random.getstate(), np.random.get_state()
         try:
@@ -169,8 +170,8 @@ class ModuleCalls:
             values = self._attributes_read(module, owner, args, kwargs)
             _set_python_random(state)
 
-            def varies(out: Any) -> bool:
-                return shapes_vary(module.forward, owner, (values, *args), kwargs, out)
+            def varies(out: Any) -> Varies:
+                return what_varies(module.forward, owner, (values, *args), kwargs, out)
 
             def run() -> Any:
                 with without_torch_function():

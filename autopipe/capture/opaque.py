@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.compat import is_scripted, swap_parameters
-from autopipe.capture.objects import map_tensors, tensors_inside
-from autopipe.capture.reading import Untraceable
+from autopipe.capture.objects import map_tensors, plain_values, tensors_inside
+from autopipe.capture.reading import Untraceable, Varies
 
 
 def run_module(
@@ -70,22 +70,26 @@ def _run_made_up(function: Callable[[Any, Any], Any], args: Any, kwargs: Any) ->
     return out
 
 
-def shapes_vary(function: Callable[..., Any], owner: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes, or fails, for its inputs in another order, larger, or zero.
+def what_varies(function: Callable[..., Any], owner: nn.Module, args: Any, kwargs: Any, out: Any) -> Varies:
+    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes or numbers for its inputs in another order, larger, or zero.
 
-    The buffers of `owner` are put back.
+    Where it fails for these, its shapes count as varying. The buffers of `owner` are put back.
     """
-    shapes = [t.shape for t in tensors_inside(out)]
+    shapes, numbers = [t.shape for t in tensors_inside(out)], plain_values(out)
     buffers = [(b, b.detach().clone()) for b in owner.buffers()]
+    found = Varies(shapes=False, numbers=False)
     try:
         with torch.random.fork_rng(devices=[]):
             for scale in (1, 1, 10, 0):
                 other_args, other_kwargs = map_tensors(partial(_shuffled, scale=scale), (args, kwargs))
-                if [t.shape for t in tensors_inside(function(*other_args, **other_kwargs))] != shapes:
-                    return True
-        return False
+                other = function(*other_args, **other_kwargs)
+                found = Varies(
+                    shapes=found.shapes or [t.shape for t in tensors_inside(other)] != shapes,
+                    numbers=found.numbers or plain_values(other) != numbers,
+                )
+        return found
     except Exception:  # noqa: BLE001 (code that cannot take other values has no known shapes for them)
-        return True
+        return found._replace(shapes=True)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

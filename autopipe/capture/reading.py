@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
@@ -23,6 +23,13 @@ class Untraceable(Exception):
 
 class SizeRead(Untraceable):
     """Python asks for a size that depends on values."""
+
+
+class Varies(NamedTuple):
+    """What of that which code kept whole gives follows from the values of its inputs."""
+
+    shapes: bool
+    numbers: bool
 
 
 class ValueReads(TorchFunctionMode):
@@ -47,10 +54,16 @@ class ValueReads(TorchFunctionMode):
     def describe(self, node: fx.Node, value: Any) -> None:
         raise NotImplementedError
 
-    def guard_whole(self, node: fx.Node, out: Any, varying: bool) -> None:
-        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary."""
+    def guard_whole(self, node: fx.Node, out: Any, varying: Varies) -> None:
+        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary.
+
+        Raises:
+            Untraceable: the numbers vary, so that a guard would stop nearly every run.
+        """
         numbers = plain_values(out)
-        free = varying and not self.permission.fixed
+        if varying.numbers and not self.permission.everywhere:
+            raise Untraceable(f"Python values such as {numbers[0]!r} that follow from the values of tensors")
+        free = varying.shapes and not self.permission.fixed
         if free:
             node.meta["varying"] = True
         if numbers or not free:

@@ -24,7 +24,7 @@ from autopipe.capture.guards import (
 )
 from autopipe.capture.objects import attributes_of, make_object, make_registered, plain_values
 from autopipe.capture.places import source_line
-from autopipe.capture.reading import READS_VALUES, SIZES, Untraceable, ValueReads
+from autopipe.capture.reading import READS_VALUES, SIZES, Untraceable, ValueReads, Varies
 from autopipe.capture.regions import RegionReader
 
 # Python-level methods of Tensor; some of them carry a misleading __name__.
@@ -140,13 +140,13 @@ class Recorder(ValueReads):
         kwargs: Any,
         run: Callable[[], Any],
         reads: list[Tensor] | None = None,
-        varies: Callable[[Any], bool] | None = None,
+        varies: Callable[[Any], Varies] | None = None,
     ) -> Any:
         """Runs a call as one node.
 
         Args:
             reads: tensors that it touches beside its arguments (a module's own).
-            varies: of code kept whole that runs on real tensors, whether the shapes of what it gave depend on values.
+            varies: of code kept whole that runs on real tensors, what of that which it gave depends on values.
         """
         self.check_python_random()
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
@@ -154,7 +154,7 @@ class Recorder(ValueReads):
         seen = self.effects.before(inputs)
         self.random.clear()
         self.inside += 1
-        varying: bool | None = None
+        varying: Varies | None = None
         try:
             with self.random:
                 out = run()

@@ -314,15 +314,9 @@ class SplitsTokens(nn.Module):
 @pytest.mark.parametrize("check", [True, False])
 def test_numbers_that_a_module_reads_from_values_are_never_kept_as_they_were(check: bool) -> None:
     torch.manual_seed(0)
-    model = SplitsTokens()
+    model = nn.Sequential(nn.Linear(4, 4), SplitsTokens(), nn.Linear(4, 4))
     captured = autopipe.capture(model, (torch.randn(12, 4),), check=check)
-    seen = 0
+    assert captured.opaque.keys() == {"1"}
     for seed in range(6):
         x = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed))
-        expected = model(x)
-        try:
-            assert torch.allclose(captured(x), expected, atol=1e-6)
-        except RuntimeError as differs:  # a guard says that the numbers differ
-            assert "gave the numbers" in str(differs)
-            seen += 1
-    assert captured.opaque or captured.guards or seen
+        assert torch.allclose(captured(x), model(x), atol=1e-6)
