@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Varies(NamedTuple):
     numbers: bool
 
 
-class ValueReads(TorchFunctionMode):
+class ValueReads(TorchFunctionMode, ABC):
     """Decides what is done where a value of a tensor, or a shape that depends on values, is read: a guard, or a refusal.
 
     A tensor whose shape depends on values is marked by `meta["varying"]`, unless shapes are to be fixed: then it is guarded.
@@ -45,14 +46,17 @@ class ValueReads(TorchFunctionMode):
     evaluate: Evaluator | None
     bound: dict[int, tuple[Tensor, fx.Node]]
 
+    @abstractmethod
     def argument(self, value: Any) -> Any:
-        raise NotImplementedError
+        """A value as an argument of a node."""
 
+    @abstractmethod
     def node_of(self, tensor: Tensor) -> fx.Node:
-        raise NotImplementedError
+        """The node that made a tensor."""
 
+    @abstractmethod
     def describe(self, node: fx.Node, value: Any) -> None:
-        raise NotImplementedError
+        """Notes on a node what it gave, and where it was recorded."""
 
     def guard_whole(self, node: fx.Node, out: Any, varying: Varies) -> None:
         """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self, overload
 
@@ -16,19 +17,19 @@ from autopipe.engine.readings import Readings
 from autopipe.engine.watcher import watched
 
 
-class IteratorFront(Readings):
+class IteratorFront(Readings, ABC):
     """`train` and `evaluate` over an iterator, and the mode that they train in."""
 
     _training = True
     steps: int
 
+    @abstractmethod
     def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """One training step on a whole batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> tuple[Tensor, float]:
         """The mean loss of a batch, and the batch's weight."""
-        raise NotImplementedError
 
     @overload
     def train(self, data: bool = True) -> Self: ...
