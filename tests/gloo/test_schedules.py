@@ -55,23 +55,15 @@ def _sleep_through(num_steps: int) -> dict[str, float]:
     return shortest
 
 
-def _differs(ranks: list[dict[str, float]], simulated: dict[str, float]) -> list[str]:
-    """What is not as simulated; `benchmarks/engine.py` has the figures of a quiet machine."""
-    slowest = {name: max(rank[name] for rank in ranks) for name in simulated}
-    found = [
-        f"{n}: {slowest[n]:.3f} s, not {e:.3f}" for n, e in simulated.items() if not 0.99 * e < slowest[n] < 1.2 * e
-    ]
-    return found + [f"{r}" for r in ranks if not (r["zb-h1"] < r["1f1b"] and r["interleaved"] < r["1f1b"])]
-
-
 def test_interleaved_and_zero_bubble_beat_1f1b_as_simulated() -> None:
     simulated = {name: simulated_s(name) for name in STAGES_A_RANK}
     assert simulated["zb-h1"] < simulated["interleaved"] < simulated["1f1b"]
-    for _attempt in range(3):  # other work on the machine makes a run slower, never as simulated
-        differs = _differs(run_ranks(_sleep_through, NUM_RANKS, 4), simulated)
-        if not differs:
-            break
-    assert not differs
+    ranks = run_ranks(_sleep_through, NUM_RANKS, 4)
+    # Ranks end their part at different times: the step is that of the slowest.
+    took = {name: max(rank[name] for rank in ranks) for name in simulated}
+    for name, expected in simulated.items():  # benchmarks/engine.py has the figures of a quiet machine
+        assert 0.99 * expected < took[name] < 1.2 * expected, (name, took[name], expected)
+    assert took["zb-h1"] < took["1f1b"] and took["interleaved"] < took["1f1b"]
 
 
 class Counted(nn.Module):
