@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from autopipe.capture.captured import Captured
 from autopipe.capture.chain import recordings
 from autopipe.capture.loss import LossFunction
 from autopipe.capture.places import source_of
-from autopipe.capture.selfcheck import Unrepeatable, preserved_state, self_check
+from autopipe.capture.selfcheck import Unrepeatable, preserved_state, seed_all, self_check
 from autopipe.capture.trace import Call
 from autopipe.errors import CaptureError
 
@@ -50,7 +48,8 @@ def capture(
     ways = recordings(model, call, on_meta)
     wrong: CaptureError | None = None
     while True:
-        with preserved_state(model), _seeded_for_capture():
+        with preserved_state(model):
+            seed_all()  # what is recorded of code that draws is the same on every rank and on every call
             captured = next(ways, None)
         if captured is None:
             assert wrong is not None
@@ -82,14 +81,3 @@ def _check_signature(model: nn.Module, call: Call) -> None:
             where=source_of(model, ""),
             remedy="pass the batch in the way in which the model takes it",
         ) from None
-
-
-class _seeded_for_capture:
-    """Python's and numpy's random state as it was, for code that draws from them while it is recorded."""
-
-    def __enter__(self) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-
-    def __exit__(self, *_: object) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)

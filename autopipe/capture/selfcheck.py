@@ -47,6 +47,13 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+def seed_all() -> None:
+    """The same random state for torch, Python and numpy each time."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
 @contextlib.contextmanager
 def _plain_attributes(model: nn.Module) -> Iterator[None]:
     before = [(m, dict(m.__dict__)) for m in model.modules() if not is_scripted(m)]
@@ -111,9 +118,7 @@ def _owner(name: str) -> str:
 def _observe(model: nn.Module, run: Any) -> dict[str, Any]:
     """Outputs, gradients and buffers of one run; the model's state is put back."""
     with preserved_state(model), _plain_attributes(model):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        seed_all()
         outputs = run()
         seen: dict[str, Any] = {f"output {i}": _copy(v) for i, v in enumerate(outputs)}
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -68,6 +68,22 @@ def test_a_module_that_draws_in_python_is_kept_whole() -> None:
     assert len({captured(torch.ones(4, WIDTH)).sum().item() for _ in range(20)}) == 2
 
 
+def test_the_random_state_during_capture_is_always_the_same_and_afterwards_as_before() -> None:
+    seen: list[int] = []
+
+    def look(n: Net, h: Tensor) -> Tensor:
+        seen.append(torch.default_generator.initial_seed())
+        return h
+
+    model = Net(look)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        autopipe.capture(model, (torch.ones(4, WIDTH),), check=False)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(seen)) == 1
+
+
 def test_nothing_of_the_recording_stays_in_the_model() -> None:
     model = net(lambda n, h: n.alias(h) + n.kept["k"], ("other", nn.Linear(WIDTH, WIDTH)))
     model.alias, model.kept, seen = model.first, {"k": torch.ones(WIDTH)}, []  # type: ignore[assignment]
