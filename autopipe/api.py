@@ -31,7 +31,7 @@ def pipeline(
     num_microbatches: int | Auto = "auto",
     schedule: str = "auto",
     data_parallel: int | Auto = "auto",
-    zero_stage: int = 0,
+    zero_stage: int | Auto = "auto",
     shard_batch: bool = True,
     precision: str = "fp32",
     max_grad_norm: float | None = None,

@@ -33,7 +33,7 @@ class PipelineConfig:
         schedule: `1f1b`, `gpipe`, `interleaved` (with several stages a process), or `zb-h1`; `auto`: interleaved with several
             stages a process, otherwise the fastest of the others by the simulator.
         data_parallel: replicas of the pipeline; `auto`: as many as the processes allow for `num_stages`, 1 where that is `auto`.
-        zero_stage: 1 shards the optimizer state over the replicas.
+        zero_stage: 1 shards the optimizer state over the replicas; `auto`: where the memory limit demands it, or the plan says so.
         shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of
             its own, as with `engine.sampler(dataset)`.
         precision: `fp32` (the parameters' own dtype), `bf16` (autocast), `bf16-params` (autocast, parameters rounded to bf16, fp32
@@ -65,7 +65,7 @@ class PipelineConfig:
     num_microbatches: int | Auto = "auto"
     schedule: str = "auto"
     data_parallel: int | Auto = "auto"
-    zero_stage: int = 0
+    zero_stage: int | Auto = "auto"
     shard_batch: bool = True
     precision: str = "fp32"
     accumulate_batches: int = 1
@@ -105,8 +105,8 @@ class PipelineConfig:
                 where="autopipe.pipeline()",
                 remedy="use zero_stage=1: under pipelining the communication of ZeRO-2 and 3 would recur for every micro-batch",
             )
-        if self.zero_stage not in (0, 1):
-            raise _wrong("zero_stage", self.zero_stage, "0 or 1")
+        if self.zero_stage not in ("auto", 0, 1):
+            raise _wrong("zero_stage", self.zero_stage, "'auto', 0 or 1")
         if self.zero_stage == 1 and self.optimizer is None:
             raise _wrong("zero_stage", 1, "an optimizer= beside it, whose state can be sharded")
         if self.precision not in PRECISIONS:

@@ -52,10 +52,10 @@ class CallComparison:
             self._microbatches[0].signature if self._microbatches else "",
         )
         dist.all_gather_object(calls, mine, group=self._layout.pipeline_control)
-        first = self._layout.rank_of(0)
-        other = next((r for r, c in enumerate(calls) if c != calls[0]), 0)
+        ranks = sorted(self._layout.shape.replicas[self._layout.replica])
+        other = next((i for i, c in enumerate(calls) if c != calls[0]), 0)
         raise EngineError(
-            f"rank {first} calls {calls[0]}, rank {first + other} calls {calls[other]}",
+            f"rank {ranks[0]} calls {calls[0]}, rank {ranks[other]} calls {calls[other]}",
             expected="the same call with a batch of the same shape on every rank",
             remedy="give every rank the same batch; seed the sampler of the data loader equally",
         )

@@ -22,12 +22,13 @@ from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.outputs import gather_outputs
 from autopipe.engine.parameters import StageParameters, zero_gradient
 from autopipe.engine.placing import place, release
-from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context, shape_of
+from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context
 from autopipe.engine.programs import Kind, capture_output, capture_program, mode_of
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.runner import Runner
 from autopipe.engine.saving import collect, load
 from autopipe.engine.scaling import LossScale
+from autopipe.engine.shape import shape_of
 from autopipe.engine.share import Share, share_of
 from autopipe.engine.watcher import watched
 from autopipe.placement import owners, with_unread
@@ -42,11 +43,9 @@ class Engine(IteratorFront):
     """
 
     def __init__(self, model: nn.Module, config: PipelineConfig, context: Context) -> None:
-        num_stages, data_parallel = shape_of(config, context)
-        layout = make_layout(context, num_stages, data_parallel)
-        super().__init__(config, context, layout, num_microbatches_of(config, num_stages))
+        layout = make_layout(context, shape_of(config, context.world_size))
+        super().__init__(config, context, layout, num_microbatches_of(config, layout.num_stages))
         self._model = model
-        self._replicas = Replicas(layout, config.zero_stage)
         self.watcher.stage = layout.stages[0]
         self._flags = {m: m.training for m in model.modules()}
         self._runner: Runner | None = None
@@ -307,6 +306,7 @@ class Engine(IteratorFront):
         )
         stage_of = context.agree(lambda: placement(captured, plan))
         compare_ranks(context, captured, plan)
+        self._replicas = Replicas(self._layout, plan.zero_stage)
         owned = with_unread(model, owners(captured, stage_of), captured.names)
         seed = context.gather(torch.initial_seed() if config.seed is None else config.seed)[0]
         mine = [n for n, stages in owned.items() if set(stages) & set(self._layout.stages)]

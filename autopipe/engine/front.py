@@ -132,10 +132,9 @@ class IteratorFront(Readings, ABC):
 
     def _say(self, said: Progress) -> None:
         """A line about the steps since the last one. Collective."""
-        layout, counted = self._layout, range(1)
-        if not self._config.shard_batch:
-            counted = range(0, layout.num_ranks * layout.data_parallel, layout.num_ranks)
+        replicas = self._layout.shape.replicas
+        counted = [0] if self._config.shard_batch else [ranks[0] for ranks in replicas]
         norm = self.grad_norm if self._config.max_grad_norm is not None else self._placed().norm()
         timeline = merge_timelines(self._context.gather(self._measured.last_step()))
         bubble = timeline.mean_bubble if timeline.events else None
-        said.say(self.steps, self._optimizer(), norm=norm, bubble=bubble, counted_ranks=list(counted))
+        said.say(self.steps, self._optimizer(), norm=norm, bubble=bubble, counted_ranks=counted)

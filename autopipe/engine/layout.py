@@ -6,42 +6,74 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from autopipe.engine.context import Context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The ranks as a (data, pipeline) mesh: rank r is pipeline rank r mod P of replica r div P. Stage s runs on pipeline rank s mod P.
+class Shape:
+    """How many stages and replicas the ranks of a launch run, and which rank runs which.
 
     Attributes:
-        num_stages: K, at least P.
-        num_ranks: P, the ranks of one replica.
+        num_stages: K.
         data_parallel: D, the number of replicas.
-        rank: this rank in the world.
-        data_group: the ranks that hold the same stages in all replicas, on the device's backend; None with one replica.
-        data_control, pipeline_control: gloo groups for small messages, over these ranks and over those of this replica; None
-            where there is only one such rank.
+        ranks: (D x P) the rank that runs each pipeline rank of each replica, replica by replica; stage s is on pipeline rank s
+            mod P.
     """
 
     num_stages: int
-    num_ranks: int
     data_parallel: int
+    ranks: tuple[int, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """P, the ranks of one replica."""
+        return len(self.ranks) // self.data_parallel
+
+    @property
+    def replicas(self) -> tuple[tuple[int, ...], ...]:
+        """For each replica, the ranks that run it, in the order of its pipeline."""
+        P = self.num_ranks
+        return tuple(self.ranks[d * P : (d + 1) * P] for d in range(self.data_parallel))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A shape as one rank sees it: a (data, pipeline) mesh, this rank's place in it, and its process groups.
+
+    Attributes:
+        shape: the mesh.
+        rank: this rank in the world.
+        replica, pipeline_rank: its place: row and column.
+        data_group: the ranks that hold the same stages in all replicas, on the device's backend; None with one replica.
+        data_control, pipeline_control: gloo groups for small messages, over these ranks and over those of this replica; None
+            where there is only one such rank. In a group ranks stand in ascending order, whatever the mesh says.
+    """
+
+    shape: Shape
     rank: int
+    replica: int
+    pipeline_rank: int
     data_group: Any = None
     data_control: Any = None
     pipeline_control: Any = None
 
     @property
-    def replica(self) -> int:
-        """The replica of this rank."""
-        return self.rank // self.num_ranks
+    def num_stages(self) -> int:
+        """K, at least P."""
+        return self.shape.num_stages
 
     @property
-    def pipeline_rank(self) -> int:
-        """This rank's place in its replica."""
-        return self.rank % self.num_ranks
+    def num_ranks(self) -> int:
+        """P, the ranks of one replica."""
+        return self.shape.num_ranks
+
+    @property
+    def data_parallel(self) -> int:
+        """D, the number of replicas."""
+        return self.shape.data_parallel
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -50,28 +82,27 @@ class Layout:
 
     def rank_of(self, stage: int, replica: int | None = None) -> int:
         """The rank in the world that runs a stage, of this replica or of another."""
-        return (self.replica if replica is None else replica) * self.num_ranks + stage % self.num_ranks
+        P = self.num_ranks
+        return self.shape.ranks[(self.replica if replica is None else replica) * P + stage % P]
 
     def is_mine(self, stage: int) -> bool:
         """Whether this rank runs the stage."""
         return stage % self.num_ranks == self.pipeline_rank
 
 
-def make_layout(context: Context, num_stages: int, data_parallel: int) -> Layout:
+def make_layout(context: Context, shape: Shape) -> Layout:
     """The layout of a run, and its process groups. Collective."""
-    num_ranks = context.world_size // data_parallel
     groups: dict[str, Any] = {}
-    if data_parallel > 1:
-        mesh = init_device_mesh(context.device.type, (data_parallel, num_ranks), mesh_dim_names=("data", "pipeline"))
+    if shape.data_parallel > 1:
+        mesh = DeviceMesh(context.device.type, torch.tensor(shape.replicas), mesh_dim_names=("data", "pipeline"))
         groups["data_group"] = mesh.get_group("data")
         context.keep(groups["data_group"])
-        same_stage = [list(range(p, context.world_size, num_ranks)) for p in range(num_ranks)]
-        same_replica = [list(range(d * num_ranks, (d + 1) * num_ranks)) for d in range(data_parallel)]
-        groups["data_control"] = _own_group(same_stage, context)
-        groups["pipeline_control"] = _own_group(same_replica, context)
+        groups["data_control"] = _own_group(list(zip(*shape.replicas, strict=True)), context)
+        groups["pipeline_control"] = _own_group(shape.replicas, context)
     else:
         groups["pipeline_control"] = context.control
-    return Layout(num_stages=num_stages, num_ranks=num_ranks, data_parallel=data_parallel, rank=context.rank, **groups)
+    replica, pipeline_rank = divmod(shape.ranks.index(context.rank), shape.num_ranks)
+    return Layout(shape=shape, rank=context.rank, replica=replica, pipeline_rank=pipeline_rank, **groups)
 
 
 def _own_group(rank_sets: Sequence[Sequence[int]], context: Context) -> Any:

@@ -58,8 +58,8 @@ def _of_all_replicas(mine: Parts, layout: Layout) -> Parts:
     if layout.data_parallel == 1:
         return mine
     gathered: list[Any] = [None] * layout.data_parallel
-    dist.all_gather_object(gathered, mine, group=layout.data_control)
-    return [part for parts in gathered for part in parts]
+    dist.all_gather_object(gathered, (layout.replica, mine), group=layout.data_control)
+    return [part for _, parts in sorted(gathered, key=lambda g: g[0]) for part in parts]
 
 
 def _share(

@@ -17,7 +17,7 @@ from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
-from autopipe.errors import ConfigError, PartitionError
+from autopipe.errors import PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
 from autopipe.simulate import fastest_schedule, rescheduled
@@ -25,37 +25,6 @@ from profiler.records import LinkProfile, Profile
 
 MASTER_STATES = 7.0
 """Bytes beside each byte of a bf16 parameter and of a gradient like it: 2 of its master copy, 4 of Adam's, 1 since its gradient is fp32."""
-
-
-def shape_of(config: PipelineConfig, context: Context) -> tuple[int, int]:
-    """The number of stages and of replicas for the processes of the launch.
-
-    Raises:
-        ConfigError: the processes cannot be divided so.
-    """
-    world = context.world_size
-    wanted = config.plan.num_stages if config.plan is not None else config.num_stages
-    replicas = config.data_parallel
-    if replicas == "auto":
-        fits = wanted != "auto" and wanted < world and world % wanted == 0
-        replicas = world // wanted if fits and wanted != "auto" else 1
-    if world % replicas:
-        raise _cannot_divide(f"{world} processes for {replicas} replicas", f"launch a multiple of {replicas} processes")
-    num_ranks = world // replicas
-    num_stages = num_ranks if wanted == "auto" else wanted
-    if num_stages % num_ranks or (num_stages > num_ranks and config.schedule not in ("auto", "interleaved")):
-        several = "" if num_stages % num_ranks else ", or schedule='interleaved' to put several stages on each"
-        raise _cannot_divide(
-            f"num_stages = {num_stages} with {num_ranks} process{'es' if num_ranks > 1 else ''} a replica",
-            f"launch with `torchrun --nproc-per-node {num_stages * replicas}`, or leave num_stages at 'auto'{several}",
-        )
-    return num_stages, replicas
-
-
-def _cannot_divide(got: str, remedy: str) -> ConfigError:
-    return ConfigError(
-        got, expected="a process for each stage of each replica", where="autopipe.pipeline()", remedy=remedy
-    )
 
 
 def num_microbatches_of(config: PipelineConfig, num_stages: int) -> int:
@@ -78,7 +47,8 @@ def make_plan(
     """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
     num_stages = layout.num_stages
     if config.plan is not None:
-        return dataclasses.replace(config.plan, data_parallel=layout.data_parallel, zero_stage=config.zero_stage)
+        zero_stage = config.plan.zero_stage if config.zero_stage == "auto" else config.zero_stage
+        return dataclasses.replace(config.plan, data_parallel=layout.data_parallel, zero_stage=zero_stage)
     if len(captured.nodes) < num_stages:
         raise PartitionError(
             f"{num_stages} stages for a graph of {len(captured.nodes)} nodes",
@@ -88,8 +58,9 @@ def make_plan(
         )
     link = _measured_link(context, layout)
     profile = profiled(captured, microbatch.tensors(config.loss_fn is not None), context, config)
-    plan = context.once(
-        lambda: partition(
+
+    def cut(zero_stage: int) -> Plan:
+        return partition(
             profile,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
@@ -98,18 +69,43 @@ def make_plan(
             optimizer=MASTER_STATES if config.precision == "bf16-params" else "adam",
             memory_limit=memory_limit(config, context),
             data_parallel=layout.data_parallel,
-            zero_stage=config.zero_stage,
+            zero_stage=zero_stage,
             schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
             split_points=list(config.split_points) if config.split_points is not None else None,
             constraints=config.constraints,
         )
-    )
+
+    plan = context.once(lambda: _without_recompute(cut, zero_stages(config, layout.data_parallel)))
     if layout.num_ranks < num_stages:
         return rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
     if config.schedule != "auto":
         return rescheduled(plan, config.schedule)
     undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
     return fastest_schedule(plan, schedules=["1f1b"] if undivided else None)
+
+
+def zero_stages(config: PipelineConfig, data_parallel: int) -> tuple[int, ...]:
+    """The ZeRO stages that a run may take, the one that costs nothing first."""
+    if config.zero_stage != "auto":
+        return (config.zero_stage,)
+    return (0, 1) if data_parallel > 1 and config.optimizer is not None else (0,)
+
+
+def _without_recompute(cut: Callable[[int], Plan], zero_stages: Sequence[int]) -> Plan:
+    """The plan under the first ZeRO stage that fits into memory as it is; where none does, the fastest that fits with recompute."""
+    found: list[Plan] = []
+    failure: PartitionError | None = None
+    for zero_stage in zero_stages:
+        try:
+            found.append(cut(zero_stage))
+        except PartitionError as caught:
+            failure = failure or caught
+            continue
+        if not any(stage.recompute for stage in found[-1].stages):
+            return found[-1]
+    if failure is not None and not found:
+        raise failure
+    return min(found, key=lambda plan: plan.step_us)
 
 
 def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, config: PipelineConfig) -> Profile:

@@ -41,13 +41,13 @@ class Readings:
         Args:
             format: `table`, `json`, `csv`, `md` or `html`.
         """
+        first = self._layout.shape.replicas[0]
         ranks = self._context.gather(self._measured.summaries(self._context.device, self._held_bytes()))
-        steps = self._context.gather(self._measured.last_step())[: self._layout.num_ranks]
+        last = self._context.gather(self._measured.last_step())
+        steps = [last[rank] for rank in first]
         transfers = transfer_times_us(steps)
         stages = [
-            dataclasses.replace(s, transfer_us=transfers.get(s.index, 0.0))
-            for summaries in ranks[: self._layout.num_ranks]
-            for s in summaries
+            dataclasses.replace(s, transfer_us=transfers.get(s.index, 0.0)) for rank in first for s in ranks[rank]
         ]
         timeline = merge_timelines(steps) if stages else None
         return measured_report(self.plan, sorted(stages, key=lambda s: s.index), format, timeline=timeline)
