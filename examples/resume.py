@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--save-every", type=int, default=10)
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--checkpoints", type=Path, default=Path("resume-checkpoints"))
     parser.add_argument("--weights", type=Path, default=None)
     parser.add_argument("--crash", action="store_true")
     options = parser.parse_args()
