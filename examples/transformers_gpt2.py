@@ -8,10 +8,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import autopipe
 
-model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=256, n_positions=64))
-engine = autopipe.pipeline(model, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0))
+engine = autopipe.pipeline(model, optimizer=partial(torch.optim.AdamW, lr=1e-2))
 for step in range(20):
-    ids = torch.randint(256, (16, 8), generator=torch.Generator().manual_seed(step)).repeat(1, 8).to(engine.device)
+    ids = torch.randint(16, (16, 64), generator=torch.Generator().manual_seed(step)).to(engine.device)
     loss = engine.train_batch(input_ids=ids, labels=ids)
     if engine.is_first_rank and step % 5 == 4:
         print(f"step {step + 1:3d}  loss {loss:.3f}", flush=True)
