@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,42 @@ from autopipe.errors import ConfigError
 class MicroBatch:
     """One micro-batch: how the model is called with it, its target, and its number of samples.
 
-    `signature` identifies what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors.
+    Attributes:
+        leaves, spec: the flattened (args, kwargs, target), and their structure.
+        num_inputs: leaves before those of the target.
+        num_samples: samples in it.
+        signature: what a captured graph depends on: structure, shapes, dtypes, and the values that are no tensors.
     """
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    target: Any
+    leaves: Sequence[Any]
+    spec: pytree.TreeSpec
+    num_inputs: int
     num_samples: int
     signature: str
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of the model."""
+        return self._parts()[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the model."""
+        return self._parts()[1]
+
+    @property
+    def target(self) -> Any:
+        """The target of the loss function."""
+        return self._parts()[2]
+
+    def _parts(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        parts: tuple[tuple[Any, ...], dict[str, Any], Any] = pytree.tree_unflatten(self.leaves, self.spec)
+        return parts
+
     def tensors(self, with_target: bool) -> list[Tensor]:
         """The tensors in the order in which a captured graph takes them."""
-        given: tuple[Any, ...] = (self.args, dict(self.kwargs)) + ((self.target,) if with_target else ())
-        return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        given = self.leaves if with_target else self.leaves[: self.num_inputs]
+        return [leaf for leaf in given if isinstance(leaf, Tensor)]
 
     def template(self) -> MicroBatch:
         """A micro-batch of the same signature without its values, small enough to send."""
@@ -38,12 +61,10 @@ class MicroBatch:
         def empty(leaf: Any) -> Any:
             return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-        args, kwargs, target = pytree.tree_map(empty, (self.args, dict(self.kwargs), self.target))
-        return dataclasses.replace(self, args=args, kwargs=kwargs, target=target)
+        return dataclasses.replace(self, leaves=[empty(leaf) for leaf in self.leaves])
 
 
-def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> str:
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs), target))
+def _signature(leaves: Sequence[Any], spec: pytree.TreeSpec) -> str:
     described = [
         (tuple(v.shape), str(v.dtype), v.requires_grad) if isinstance(v, Tensor) else (type(v).__name__, repr(v))
         for v in leaves
@@ -89,19 +110,18 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_mic
         else [leaf] * count
         for leaf in leaves
     ]
+    num_inputs = len(leaves) - len(pytree.tree_leaves(target))
     result: list[MicroBatch] = []
     signatures: dict[int, str] = {}  # micro-batches of one size have one signature
-    for i in range(count):
-        part = pytree.tree_unflatten([piece[i] for piece in pieces], spec)
+    for i, part in enumerate(zip(*pieces, strict=True)):
         num_samples = size // count + (1 if i < size % count else 0)
         if num_samples not in signatures:
-            signatures[num_samples] = _signature(*part)
-        part_args, part_kwargs, part_target = part
+            signatures[num_samples] = _signature(part, spec)
         result.append(
             MicroBatch(
-                args=part_args,
-                kwargs=part_kwargs,
-                target=part_target,
+                leaves=part,
+                spec=spec,
+                num_inputs=num_inputs,
                 num_samples=num_samples,
                 signature=signatures[num_samples],
             )

@@ -137,7 +137,7 @@ class Engine(IteratorFront):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the model's names, frozen ones too."""
         self._require_plan("named_parameters()")
-        return self._placed().named_parameters()
+        return iter(self._placed().named_parameters())
 
     @watched
     def state_dict(self) -> dict[str, Tensor]:

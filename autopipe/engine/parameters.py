@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class StageParameters:
         for name in trained:
             if len(owned[name]) > 1:
                 groups.setdefault(owned[name], []).append(name)
+        self._parameters = {n: t for n, t in self._mine.items() if isinstance(t, nn.Parameter)}
         self.tie_groups = tuple(sorted(groups))
         self._tied = [groups[stages] for stages in self.tie_groups]
         self._tie_process_groups: list[Any] = []
@@ -63,11 +64,9 @@ class StageParameters:
                 own = group if replica == self._layout.replica else own
             self._tie_process_groups.append(own)
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """This rank's parameters, frozen ones too, under the model's names."""
-        for name, tensor in self._mine.items():
-            if isinstance(tensor, nn.Parameter):
-                yield name, tensor
+        return self._parameters.items()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """This rank's parameters that require a gradient."""

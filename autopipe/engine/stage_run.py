@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,15 +173,19 @@ class StageRun:
 
     def backward(self, m: int) -> None:
         """Runs the backward of micro-batch m; parameters accumulate their gradients."""
-        with self._backward(m, "B") as (roots, gradients, _):
+        roots, gradients, inputs = self._due_backward(m)
+        with self.step.clock.span(Action("B", self.stage, m)):
             if roots:
                 torch.autograd.backward(roots, gradients)
+        self._keep_gradients(m, inputs)
 
     def input_gradients(self, m: int) -> None:
         """Runs the part of the backward of micro-batch m that earlier stages wait for."""
-        with self._backward(m, "I") as (roots, gradients, inputs):
-            division = self.step.programs[m].divisions[self.stage]
-            self._weights[m] = input_gradients(roots, gradients, inputs, division)
+        roots, gradients, inputs = self._due_backward(m)
+        division = self.step.programs[m].divisions[self.stage]
+        with self.step.clock.span(Action("I", self.stage, m)):
+            self._weights[m] = input_gradients(roots, gradients, list(inputs.values()), division)
+        self._keep_gradients(m, inputs)
 
     def weight_gradients(self, m: int) -> None:
         """Runs what is left of the backward of micro-batch m."""
@@ -190,11 +193,8 @@ class StageRun:
         with self.step.clock.span(Action("W", self.stage, m)):
             self._weights.pop(m).run()
 
-    @contextlib.contextmanager
-    def _backward(
-        self, m: int, kind: Literal["B", "I"]
-    ) -> Iterator[tuple[list[Tensor], list[Tensor | None], list[Tensor]]]:
-        """Gives what is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
+    def _due_backward(self, m: int) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
+        """What is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
         saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
         roots: list[Tensor] = []
         gradients: list[Tensor | None] = []
@@ -211,9 +211,7 @@ class StageRun:
                 handle.join()  # its gradient came back, so the activation was consumed: this cannot block
         self.step.seed_for(m)
         inputs = {i.name: v for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient}
-        with self.step.clock.span(Action(kind, self.stage, m)):
-            yield roots, gradients, list(inputs.values())
-        self._keep_gradients(m, {name: _gradient_of(v) for name, v in inputs.items()})
+        return roots, gradients, inputs
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""
@@ -227,8 +225,8 @@ class StageRun:
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums, answered
 
-    def _keep_gradients(self, m: int, gradients: Mapping[str, Tensor]) -> None:
-        left = dict(gradients)
+    def _keep_gradients(self, m: int, inputs: Mapping[str, Tensor]) -> None:
+        left = {name: _gradient_of(value) for name, value in inputs.items()}
         for source, message in self._route(m).gradients_sent.items():
             if self.step.layout.is_mine(source):
                 self.step.local["RECV_B", self.stage, source, m] = [left.pop(n) for n in message.names]

@@ -32,8 +32,9 @@ class TensorSpec:
     stride: tuple[int, ...]
 
     @property
-    def order(self) -> tuple[int, ...]:
-        """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory."""
+    def order(self) -> tuple[int, ...] | None:
+        """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory; None
+        where that is the order in which they stand."""
         return _slowest_first(self.stride)
 
 
@@ -90,23 +91,27 @@ class Transport:
 
     def send(self, flow: Flow, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Handle:
         """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
-        flat = [
-            as_bytes(t.detach().permute(s.order).contiguous()) for t, s in zip(tensors, specs, strict=True) if t.numel()
-        ]
+        flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
         return Handle(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
         """Starts receiving into new tensors."""
-        dense = [torch.empty([s.shape[d] for d in s.order], dtype=s.dtype, device=self._context.device) for s in specs]
-        works = self._issue("recv", flow, [as_bytes(t) for t in dense if t.numel()])
-        return Handle(works, [t.permute(_inverse(s.order)) for t, s in zip(dense, specs, strict=True)])
+        tensors = [self._new(s) for s in specs]
+        dense = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
+        return Handle(self._issue("recv", flow, dense), tensors)
+
+    def _new(self, spec: TensorSpec) -> Tensor:
+        """An empty dense tensor with the strides of a spec's order."""
+        if spec.order is None:
+            return torch.empty(spec.shape, dtype=spec.dtype, device=self._context.device)
+        dense = torch.empty([spec.shape[d] for d in spec.order], dtype=spec.dtype, device=self._context.device)
+        return dense.permute(_inverse(spec.order))
 
     def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
         """Unbatched operations, always (rule 2); on CUDA under a stream that waits for the producer alone (rule 5)."""
         group, stream = self._groups[flow], self._streams.get(flow)
-        call = getattr(
-            group, operation
-        )  # what dist.isend and irecv end in, without what they ask about the group each time
+        # what dist.isend and irecv end in, without what they ask about the group each time
+        call = group.send if operation == "send" else group.recv
         peer = (flow[1] if operation == "send" else flow[0]) == max(flow)  # its rank in the group of two
         if stream is None:
             return [call([t], int(peer), 0) for t in flat]
@@ -145,9 +150,15 @@ class Transport:
         self._groups.clear()
 
 
+def _as_it_lies(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """A contiguous view of a dense tensor, a contiguous copy of another."""
+    return (tensor if spec.order is None else tensor.permute(spec.order)).contiguous()
+
+
 @cache
-def _slowest_first(stride: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(stride)), key=lambda d: (-stride[d], d)))
+def _slowest_first(stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    order = tuple(sorted(range(len(stride)), key=lambda d: (-stride[d], d)))
+    return None if order == tuple(range(len(stride))) else order
 
 
 @cache
