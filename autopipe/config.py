@@ -30,8 +30,9 @@ class PipelineConfig:
         lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
         num_stages: number of stages; `auto`: one for each process of a replica. A multiple of it puts several on each process.
         num_microbatches: number of micro-batches in a batch; `auto`: four for each stage, as far as the batch has samples.
-        schedule: `1f1b`, `gpipe`, `interleaved` (with several stages a process), or `zb-h1`; `auto`: interleaved with several
-            stages a process, otherwise the fastest of the others by the simulator.
+        schedule: `1f1b`, `eager-1f1b` (hides transfers, holds more activations), `gpipe`, `interleaved` (with several stages a
+            process), or `zb-h1`; `auto`: interleaved with several stages a process, otherwise the fastest of the others by the
+            simulator.
         data_parallel: replicas of the pipeline; `auto`: as many as the processes allow for `num_stages`, 1 where that is `auto`.
         zero_stage: 1 shards the optimizer state over the replicas; `auto`: where the memory limit demands it, or the plan says so.
         shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of

@@ -18,7 +18,7 @@ MAX_NUMBER = 2**63
 """No time, size or count in a file is as large."""
 PLAN_SCHEMA = "autopipe.plan/1"
 SCHEDULES = ("1f1b", "gpipe")
-RUNNABLE = (*SCHEDULES, "interleaved", "zb-h1")
+RUNNABLE = (*SCHEDULES, "eager-1f1b", "interleaved", "zb-h1")
 """What a plan may be run under; the planner itself optimises for those of SCHEDULES."""
 RECOMPUTE = ("auto", "none", "full")
 """What is computed again in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""

@@ -11,7 +11,7 @@ from autopipe.plan import RECOMPUTE, SCHEDULES
 from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
 
-SIMULATED_ONLY = ("zb-h1",)
+SIMULATED_ONLY = ("eager-1f1b", "zb-h1")
 """Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 CONVERSIONS = ("safetensors", "torch", "checkpoint")

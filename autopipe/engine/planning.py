@@ -20,7 +20,7 @@ from autopipe.engine.layout import Layout
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
-from autopipe.simulate import fastest_schedule, rescheduled
+from autopipe.simulate import UNDIVIDED, fastest_schedule, rescheduled
 from profiler.records import LinkProfile, Profile
 
 MASTER_STATES = 7.0
@@ -81,7 +81,7 @@ def make_plan(
     if config.schedule != "auto":
         return rescheduled(plan, config.schedule)
     undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
-    return fastest_schedule(plan, schedules=["1f1b"] if undivided else None)
+    return fastest_schedule(plan, schedules=UNDIVIDED if undivided else None)
 
 
 def zero_stages(config: PipelineConfig, data_parallel: int) -> tuple[int, ...]:

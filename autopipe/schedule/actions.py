@@ -81,7 +81,7 @@ class Schedule:
     """The actions of every rank, all taken from one global order.
 
     Attributes:
-        kind: `1f1b`, `gpipe`, `interleaved`, `zb-h1` or `forward`.
+        kind: `1f1b`, `eager-1f1b`, `gpipe`, `interleaved`, `zb-h1` or `forward`.
         num_stages, num_microbatches: K and M; stage s runs on rank s modulo the number of ranks.
         edges: the stage graph.
         reductions: groups of stages that hold the same tied parameter.

@@ -28,7 +28,7 @@ def build_schedule(
     wrong costs make it slower, never wrong. Every rank must pass the same arguments.
 
     Args:
-        kind: `1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
+        kind: `1f1b`, `eager-1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
         num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
         edges: which stages send to which, each pair once.
         costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule
-from autopipe.schedule.orders import interleaved_warm_up
+from autopipe.schedule.orders import eager_warm_up, interleaved_warm_up
 from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of_edges, phase
 
 Flow = tuple[Kind, int, int]
@@ -31,6 +31,8 @@ def live_bound(schedule: Schedule, rank: int) -> int:
     match schedule.kind:
         case "1f1b":
             return min(K - rank, M)
+        case "eager-1f1b":
+            return eager_warm_up(K, M, rank)
         case "zb-h1":
             return min(K, M)
         case "interleaved":

@@ -23,16 +23,36 @@ Orders = list[list[Action]]
 
 def one_forward_one_backward(num_stages: int, num_microbatches: int, num_ranks: int) -> Orders:
     """1F1B (PipeDream-Flush; Narayanan et al. 2021, https://arxiv.org/abs/2006.09503)."""
-    orders = []
-    for stage in range(num_ranks):
-        warm_up = min(num_stages - stage, num_microbatches)
-        order = [Action("F", stage, m) for m in range(warm_up)]
-        for m in range(num_microbatches):
-            order.append(Action("B", stage, m))
-            if m + warm_up < num_microbatches:
-                order.append(Action("F", stage, m + warm_up))
-        orders.append(order)
-    return orders
+    return [_alternating(s, min(num_stages - s, num_microbatches), num_microbatches) for s in range(num_ranks)]
+
+
+# Eager 1F1B, 3 stages and 6 micro-batches, a message as long as a forward. Under 1F1B every backward of stage 0 waits for a way there
+# and back (34 columns in all); here so many forwards have been sent before that every rank has something to do meanwhile:
+#
+#     time ─▶
+#     stage 0  F0 F1 F2 F3 F4 .. .. .. .. .. .. B0 B0 F5 B1 B1 .. B2 B2 .. B3 B3 .. B4 B4 .. B5 B5
+#     stage 1  .. .. F0 F1 F2 .. .. .. B0 B0 F3 B1 B1 F4 B2 B2 F5 B3 B3 .. B4 B4 .. B5 B5 .. .. ..
+#     stage 2  .. .. .. .. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 F4 B4 B4 F5 B5 B5 .. .. .. .. .. ..
+
+
+def eager_one_forward_one_backward(num_stages: int, num_microbatches: int, num_ranks: int) -> Orders:
+    """1F1B with a longer warm-up, which hides the transfers (Zhuang et al. 2022, https://arxiv.org/abs/2211.05322)."""
+    return [_alternating(s, eager_warm_up(num_stages, num_microbatches, s), num_microbatches) for s in range(num_ranks)]
+
+
+def eager_warm_up(num_stages: int, num_microbatches: int, stage: int) -> int:
+    """Forwards before the first backward of a stage, and so the most activations that it holds."""
+    return min(2 * (num_stages - stage) - 1, num_microbatches)
+
+
+def _alternating(stage: int, warm_up: int, num_microbatches: int) -> list[Action]:
+    """Forwards, then a backward and a forward in turn, then the backwards that are left."""
+    order = [Action("F", stage, m) for m in range(warm_up)]
+    for m in range(num_microbatches):
+        order.append(Action("B", stage, m))
+        if m + warm_up < num_microbatches:
+            order.append(Action("F", stage, m + warm_up))
+    return order
 
 
 def gpipe(num_stages: int, num_microbatches: int, num_ranks: int) -> Orders:
@@ -124,6 +144,7 @@ def _groups(num_microbatches: int, num_ranks: int) -> list[range]:
 
 ORDERS: dict[str, Callable[[int, int, int], Orders]] = {
     "1f1b": one_forward_one_backward,
+    "eager-1f1b": eager_one_forward_one_backward,
     "gpipe": gpipe,
     "interleaved": interleaved,
     "zb-h1": zero_bubble_h1,

@@ -13,9 +13,12 @@ from autopipe.schedule.orders import SEVERAL_STAGES_A_RANK
 from autopipe.simulate.plans import plan_costs, plan_schedule
 from autopipe.simulate.play import count_live, simulate_schedule
 
-WORTH_TRYING = ("1f1b", "zb-h1", "interleaved")
-"""Of schedules that are equally fast the first is taken. GPipe is never faster than 1F1B and holds more."""
-ALIKE = 1e-9
+WORTH_TRYING = ("1f1b", "eager-1f1b", "zb-h1", "interleaved")
+"""Of schedules that are equally fast the first, which holds least, is taken. GPipe is never faster than 1F1B and holds more."""
+ALIKE = 2e-3
+"""Schedules count as equally fast within this share of a step."""
+UNDIVIDED = ("1f1b", "eager-1f1b")
+"""Those that compute a backward as a whole, with a stage for each rank."""
 
 
 def schedules_for(num_stages: int, num_ranks: int) -> tuple[str, ...]:

@@ -100,8 +100,8 @@ def test_gradients_equal_the_plain_models(name: str, num_stages: int) -> None:
 
 OTHER_SCHEDULES = {
     2: [("gpt", "interleaved"), ("unet", "interleaved"), ("encoder_decoder", "interleaved"), ("frozen", "zb-h1")],
-    3: [("gpt", "gpipe"), ("resnet", "zb-h1"), ("encoder_decoder", "zb-h1")],
-    4: [("unet", "zb-h1"), ("gpt", "zb-h1"), ("unet", "gpipe")],
+    3: [("gpt", "eager-1f1b"), ("gpt", "gpipe"), ("resnet", "zb-h1"), ("encoder_decoder", "zb-h1")],
+    4: [("unet", "eager-1f1b"), ("unet", "zb-h1"), ("gpt", "zb-h1"), ("unet", "gpipe")],
 }
 
 
@@ -138,7 +138,7 @@ def _uneven_then_other_lengths(schedules: list[str]) -> list[tuple[str, float]]:
     return errors
 
 
-@pytest.mark.parametrize("schedules", [["1f1b", "gpipe", "zb-h1"], ["interleaved"]])
+@pytest.mark.parametrize("schedules", [["1f1b", "eager-1f1b", "gpipe", "zb-h1"], ["interleaved"]])
 def test_uneven_batches_and_other_lengths(schedules: list[str]) -> None:
     errors = [e for rank in run_ranks(_uneven_then_other_lengths, 2, schedules) for e in rank]
     assert max(e for _, e in errors) <= TOLERANCE, max(errors, key=lambda e: e[1])

@@ -126,9 +126,9 @@ def _count_alive(schedules: list[str]) -> dict[str, int]:
 
 
 def test_as_many_micro_batches_are_alive_as_the_simulator_says() -> None:
-    ranks = run_ranks(_count_alive, NUM_RANKS, ["1f1b", "gpipe", "zb-h1"])
+    ranks = run_ranks(_count_alive, NUM_RANKS, ["1f1b", "eager-1f1b", "gpipe", "zb-h1"])
     edges = [Edge(s, s + 1) for s in range(NUM_RANKS - 1)]
     costs = Costs(forward_us=(1.0,) * NUM_RANKS, backward_us=(2.0,) * NUM_RANKS, activation_bytes=(1,) * NUM_RANKS)
-    for schedule in ("1f1b", "gpipe", "zb-h1"):
+    for schedule in ("1f1b", "eager-1f1b", "gpipe", "zb-h1"):
         simulated = simulate_schedule(build_schedule(schedule, NUM_RANKS, 12, edges, costs=costs), costs).peak_bytes
         assert tuple(rank[schedule] for rank in ranks) == simulated

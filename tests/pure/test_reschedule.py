@@ -1,12 +1,14 @@
 """A plan under another schedule: the times and memory are those that the simulator gives for it."""
 
 import dataclasses
+import math
 
 import pytest
 
 from autopipe.errors import ScheduleError
 from autopipe.plan import Plan, StagePlan, Transfer
-from autopipe.simulate import fastest_schedule, rank_peak_bytes, rescheduled, schedules_for, simulate
+from autopipe.simulate import UNDIVIDED, fastest_schedule, rank_peak_bytes, rescheduled, schedules_for, simulate
+from profiler.records import LinkProfile
 
 
 def plan(num_stages: int = 4, num_microbatches: int = 8, **values: object) -> Plan:
@@ -37,7 +39,7 @@ def plan(num_stages: int = 4, num_microbatches: int = 8, **values: object) -> Pl
     )
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["1f1b", "eager-1f1b", "gpipe", "zb-h1"])
 def test_times_and_memory_are_those_of_the_simulator(schedule: str) -> None:
     other = rescheduled(plan(), schedule)
     timeline = simulate(other)
@@ -59,6 +61,12 @@ def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
     assert schedules_for(4, 4)[0] == "1f1b"
     assert schedules_for(4, 2) == ("interleaved",)
     assert fastest_schedule(plan(step_us=simulate(plan()).makespan_us)).schedule == "zb-h1"
+    slow = LinkProfile(latency_us=1.0, bytes_per_us=math.inf, overlap=1.0)
+    waits = plan(link=slow, step_us=simulate(plan(link=slow)).makespan_us)
+    eager = fastest_schedule(waits, schedules=UNDIVIDED)
+    assert eager.schedule == "eager-1f1b"
+    assert eager.stages[0].activation_bytes == 70  # of 2 K - 1 = 7 micro-batches
+    assert fastest_schedule(dataclasses.replace(waits, memory_limit_bytes=140), schedules=UNDIVIDED) != eager
     many = plan(num_microbatches=400)
     many = dataclasses.replace(many, step_us=simulate(many).makespan_us)
     assert fastest_schedule(many) == many  # the bubble costs less than dividing backwards

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autopipe.errors import EngineError, ScheduleError
 from autopipe.schedule import Action, Costs, Edge, Schedule, build_schedule, check_schedule
 
-KINDS = ("1f1b", "gpipe", "zb-h1", "forward")
+KINDS = ("1f1b", "eager-1f1b", "gpipe", "zb-h1", "forward")
 
 
 def chain(num_stages: int) -> list[Edge]:
@@ -43,7 +43,7 @@ def test_every_chain_and_longest_skip(kind: str) -> None:
             check_schedule(build_schedule(kind, num_stages, num_microbatches, skip, reductions=[(0, num_stages - 1)]))
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("kind", ["1f1b", "eager-1f1b", "gpipe", "zb-h1"])
 def test_every_single_skip(kind: str) -> None:
     for num_stages in range(3, 9):
         skips = [(s, t) for s, t in itertools.combinations(range(num_stages), 2) if t > s + 1]

@@ -44,6 +44,23 @@ def test_even_stages_take_the_textbook_time() -> None:
         assert timeline.mean_bubble == pytest.approx((num_stages - 1) / (num_microbatches + num_stages - 1))
 
 
+def test_eager_1f1b_hides_messages_that_take_up_to_a_half_of_a_micro_batch() -> None:
+    for num_stages, num_microbatches in itertools.product((2, 3, 4, 8), (8, 16, 21)):
+        for message_us in (0.1, 1.0, 1.5):
+            links = {(k, k + 1): (message_us, message_us) for k in range(num_stages - 1)}
+            costs = Costs(forward_us=(1.0,) * num_stages, backward_us=(2.0,) * num_stages, links=links)
+            took = {
+                kind: simulate_schedule(
+                    build_schedule(kind, num_stages, num_microbatches, chain(num_stages), costs=costs), costs
+                ).makespan_us
+                for kind in ("1f1b", "eager-1f1b")
+            }
+            once_there_and_back = 2 * (num_stages - 1) * message_us
+            textbook = 3.0 * (num_microbatches + num_stages - 1) + once_there_and_back
+            assert took["eager-1f1b"] == pytest.approx(textbook)
+            assert took["1f1b"] > textbook + message_us
+
+
 def test_zero_bubble_and_interleaved_reach_their_textbook_times() -> None:
     for num_ranks, num_microbatches in itertools.product((1, 2, 4, 8), (8, 9, 16, 21)):
         costs = Costs(forward_us=(1.0,) * num_ranks, backward_us=(2.0,) * num_ranks)
@@ -131,7 +148,7 @@ def test_against_an_independent_recurrence() -> None:
     assert statistics.median(slower) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe", "forward", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("kind", ["1f1b", "eager-1f1b", "gpipe", "forward", "zb-h1", "interleaved"])
 def test_fast_step_time_equals_the_simulated(kind: str) -> None:
     rnd = random.Random(4)
     for trial in range(150):
@@ -184,6 +201,7 @@ def test_memory_follows_the_schedule() -> None:
     assert peak("gpipe", 8) == (81, 162, 243)
     assert peak("forward", 8) == (1, 2, 3)
     assert peak("zb-h1", 8) == (31, 62, 93)
+    assert peak("eager-1f1b", 8) == (51, 62, 33)
 
 
 def plan(**changes: object) -> Plan:
