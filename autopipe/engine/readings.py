@@ -39,7 +39,7 @@ class Readings:
         """The plan, and beside its predictions what the last training steps took, stage by stage. All ranks must call it.
 
         Args:
-            format: `table`, `json`, `csv`, `md` or `html`.
+            format: `table` (a notebook shows it as HTML), `json`, `csv`, `md` or `html`.
         """
         first = self._layout.shape.replicas[0]
         ranks = self._context.gather(self._measured.summaries(self._context.device, self._held_bytes()))

@@ -11,6 +11,7 @@ from typing import Any
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
 from autopipe.report.comparison import MeasuredStage, measured_parts, measured_title
+from autopipe.report.notebook import ReportText
 from autopipe.report.page import plan_page
 from autopipe.report.tables import Document, render
 from autopipe.simulate import Timeline
@@ -26,6 +27,8 @@ def measured_report(
 ) -> str:
     """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html` (the plan's page, with a measured timeline where given).
 
+    A notebook shows a `table` as HTML.
+
     Raises:
         ConfigError: an unknown format.
     """
@@ -35,12 +38,10 @@ def measured_report(
         )
     if format == "html":
         return plan_page(plan, measured=measured, timeline=timeline)
-    if not measured:
-        return render(
-            Document(title="No step was measured yet", parts=("Two training steps are needed: the first warms up.",)),
-            format,
-        )
-    return render(Document(title=measured_title(plan, measured), parts=measured_parts(plan, measured)), format)
+    document = Document(title="No step was measured yet", parts=("Two training steps are needed: the first warms up.",))
+    if measured:
+        document = Document(title=measured_title(plan, measured), parts=measured_parts(plan, measured))
+    return ReportText(document) if format == "table" else render(document, format)
 
 
 def load_measured(path: str | Path) -> tuple[Plan, list[MeasuredStage]]:

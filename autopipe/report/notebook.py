@@ -1,20 +1,44 @@
-"""How a Plan and a Timeline show themselves in a notebook: `_repr_html_`, given to both classes here, where reports are made.
+"""How a Plan, a Timeline and the report of a run show themselves in a notebook: `_repr_html_`, given to the first two here, where reports are made.
 
 The classes stand before this package in the order of imports, so they cannot make their reports themselves.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 from autopipe.plan import Plan
 from autopipe.report.plans import plan_parts, plan_title
 from autopipe.report.svg import timeline_svg
-from autopipe.report.tables import html_part
+from autopipe.report.tables import Document, html_part, render
 from autopipe.simulate import Timeline
+
+
+class ReportText(str):
+    """A report as plain text, which a notebook shows as tables."""
+
+    _document: Document
+
+    def __new__(cls, document: Document) -> Self:
+        made = super().__new__(cls, render(document, "table"))
+        made._document = document
+        return made
+
+    def __getnewargs__(self) -> tuple[Document]:  # type: ignore[override]
+        return (self._document,)
+
+    def _repr_html_(self) -> str:
+        return document_html(self._document)
+
+
+def document_html(document: Document) -> str:
+    """A report as an HTML fragment: its title, tables and sentences."""
+    return "\n".join(html_part(part) for part in (document.title, *document.parts))
 
 
 def plan_html(plan: Plan) -> str:
     """A plan as an HTML fragment: its tables and the explanation."""
-    return "\n".join([html_part(plan_title(plan)), *map(html_part, plan_parts(plan))])
+    return document_html(Document(title=plan_title(plan), parts=plan_parts(plan)))
 
 
 def timeline_html(timeline: Timeline) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,8 +141,11 @@ def test_too_many_events_are_cut_and_the_page_says_so() -> None:
     assert "the first" in made["note"]
 
 
-def test_notebooks_show_plans_and_timelines() -> None:
+def test_notebooks_show_plans_timelines_and_the_report_of_a_run() -> None:
     plan = small_plan()
+    report = measured_report(plan, measured())
+    assert "Predicted beside measured" in report and "<table" not in report
+    assert "<table" in pickle.loads(pickle.dumps(report))._repr_html_()
     assert "<table" in plan._repr_html_()  # type: ignore[attr-defined]
     assert "<svg" in simulate(plan)._repr_html_()  # type: ignore[attr-defined]
 
