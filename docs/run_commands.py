@@ -223,7 +223,7 @@ LISTED: dict[str, Listed] = {
     "autopipe convert checkpoints model.safetensors": Listed(
         why="needs checkpoints, as `train.py` writes them", before="torchrun --nproc-per-node 2 train.py"
     ),
-    "autopipe convert global_step100 start --names names.json": Listed(
+    "autopipe convert global_step100 layers --names names.json": Listed(
         why="needs a checkpoint of DeepSpeed", before=DEEPSPEED_CHECKPOINT, needs="deepspeed"
     ),
     TWO_NODES: Listed(why="two machines", instead=f"{HERE} & {HERE}; wait $!"),
@@ -246,9 +246,9 @@ LISTED: dict[str, Listed] = {
             "python benchmarks/planner.py --only recompute": "python benchmarks/planner.py --only recompute --time-budget-s 1",
             "python benchmarks/planner.py --brute-force 60": "python benchmarks/planner.py --brute-force 3",
             "OMP_NUM_THREADS=1 python benchmarks/search.py --memory-gib 80 --grid": "python benchmarks/search.py --memory-gib 80 --devices 4 --layers 4",
-            "python benchmarks/prediction.py -o prediction.json --only gpt,llama": "python benchmarks/prediction.py -o prediction.json --only mlp --tries 1",
-            "python benchmarks/prediction.py -o memory.json --tries 1": "python benchmarks/prediction.py -o memory.json --only mlp --tries 1",
-            "python benchmarks/prediction.py -o computes.json --cpu-time --tries 3": "python benchmarks/prediction.py -o computes.json --only mlp --cpu-time --tries 1",
+            "python benchmarks/prediction.py -o prediction.json --only gpt,llama": "python benchmarks/prediction.py -o prediction.json --only lopsided --tries 1",
+            "python benchmarks/prediction.py -o memory.json --tries 1": "python benchmarks/prediction.py -o memory.json --only lopsided --tries 1",
+            "python benchmarks/prediction.py -o computes.json --cpu-time --tries 3": "python benchmarks/prediction.py -o computes.json --only lopsided --cpu-time --tries 1",
             "python benchmarks/saved_bytes.py": "python benchmarks/saved_bytes.py gpt",
             "python benchmarks/engine.py": "python benchmarks/engine.py divide --rounds 1",
             "python benchmarks/capture_coverage.py transformers hard": "python benchmarks/capture_coverage.py transformers hard --only gpt2 tied",
@@ -258,7 +258,7 @@ LISTED: dict[str, Listed] = {
             'python benchmarks/durability.py reshard --optimizers sgd --layouts 1 3 2x2 "1x2 zero"': 'python benchmarks/durability.py reshard --optimizers sgd --layouts 1 "1x2 zero"',
             "python benchmarks/durability.py crash": "python benchmarks/durability.py crash --crashes 4",
             "python benchmarks/durability.py faults": "python benchmarks/durability.py faults --count 2",
-            "python benchmarks/durability.py memory": "python benchmarks/durability.py memory --width 256 --layers 4",
+            "python benchmarks/durability.py memory": "python benchmarks/durability.py memory --width 512 --layers 6 --ranks 2",
             "python benchmarks/durability.py saving": "python benchmarks/durability.py saving --repeats 1",
         }.items()
     },
