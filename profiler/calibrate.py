@@ -36,11 +36,31 @@ def measured_segments(
         model, inputs, device, tensors, timer, records: as for the walk that made the profiles.
         profiles: the nodes, as measured.
         budget_s: time for all segments together; it limits their length.
-        make_up_values: whether random numbers may stand for the values of nodes that are known.
+        make_up_values: whether random numbers may stand for the values of nodes that are known; where that makes something fail,
+            the graph is gone through once more on true values.
 
     Raises:
         ProfileError: a segment fails.
     """
+    if make_up_values:
+        try:
+            return _measured(model, inputs, device, tensors, timer, records, profiles, budget_s, True)
+        except ProfileError:
+            pass
+    return _measured(model, inputs, device, tensors, timer, records, profiles, budget_s, False)
+
+
+def _measured(
+    model: fx.GraphModule,
+    inputs: Sequence[Any],
+    device: torch.device,
+    tensors: ModelTensors,
+    timer: NodeTimer,
+    records: Records,
+    profiles: Sequence[NodeProfile],
+    budget_s: float,
+    make_up_values: bool,
+) -> list[SegmentProfile]:
     segments = {s.nodes[0]: s for s in choose_segments(model.graph, profiles, budget_s)}
     again = {n.name for n in recomputed_nodes(model.graph)}
     costs = {p.name: _once(p) if p.name in again else p for p in profiles}

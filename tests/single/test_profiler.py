@@ -222,6 +222,20 @@ def test_a_node_that_needs_true_values_gets_them():
     assert len(quick(FromMask(), (torch.randn(4, 8),)).nodes) > 10
 
 
+def test_segments_get_true_values_where_they_need_them():
+    def as_recorded(x):
+        if x.item() != 2.0:
+            raise RuntimeError("another value")
+        return x
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.mean, (graph.call_function(torch.mul, (x, 2.0)),))
+    graph.output(graph.call_function(torch.mul, (x, graph.call_function(as_recorded, (first,)))))
+    profile = quick(fx.GraphModule(nn.Module(), graph), (torch.ones(8, 8),))
+    assert len(profile.nodes) == 4 and profile.segments
+
+
 def test_a_plain_attribute_and_a_stateful_module():
     class Counter(nn.Module):
         def __init__(self):
