@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
 
+POSTED = 2
+"""Receives that a stage has open from each other stage, forward and back."""
+
 
 def random_profile(
     seed: int, num_nodes: int, *, groups: bool = False, params: bool = True, chain: bool = False
@@ -128,7 +131,10 @@ def monotone_assignments(profile: Profile, num_stages: int) -> Iterator[dict[str
 def step_us(
     profile: Profile, stage: Mapping[str, int], num_stages: int, num_microbatches: int, link: LinkProfile
 ) -> float:
-    """The makespan of 1F1B, by following the stages' own orders until nothing is left to run."""
+    """The makespan of 1F1B, by following the stages' own orders until nothing is left to run.
+
+    A message leaves when it is made, the one before it on its way is there, and its receiver has read the second before it.
+    """
     node = {n.name: n for n in profile.nodes}
     K, M = num_stages, num_microbatches
     there: dict[tuple[int, int], float] = {}
@@ -155,25 +161,22 @@ def step_us(
             if warm + m < M:
                 queue.append(("F", warm + m))
         queues.append(queue)
-    finished: dict[tuple[str, int, int], float] = {}
-    arrived: dict[tuple[str, int, int, int], float] = {}
+    ended: dict[tuple[str, int, int], float] = {}
     link_free: dict[tuple[str, int, int], float] = {}
     clock = [0.0] * K
     while any(queues):
         for k in range(K):
             while queues[k]:
                 kind, m = queues[k][0]
-                sources = [("F", s, k, m) for s, t in there if t == k] if kind == "F" else []
-                sources += [("B", t, k, m) for s, t in back if s == k] if kind == "B" else []
-                if any(key not in arrived for key in sources):
+                messages = {s: c for (s, t), c in there.items() if t == k} if kind == "F" else {}
+                messages |= {t: c for (s, t), c in back.items() if s == k} if kind == "B" else {}
+                if any((kind, other, m) not in ended for other in messages):
                     break
-                clock[k] = max([clock[k], *(arrived[key] for key in sources)]) + time[kind, k]
-                finished[kind, k, m] = clock[k]
-                messages = {t: c for (s, t), c in there.items() if s == k} if kind == "F" else {}
-                messages |= {s: c for (s, t), c in back.items() if t == k} if kind == "B" else {}
                 for other, cost in messages.items():
-                    way = (kind, k, other)
-                    link_free[way] = max(link_free.get(way, 0.0), clock[k]) + link.overlap * cost
-                    arrived[kind, k, other, m] = link_free[way]
+                    way = (kind, other, k)
+                    posted = ended[kind, k, m - POSTED] if m >= POSTED else 0.0
+                    link_free[way] = max(ended[kind, other, m], link_free.get(way, 0.0), posted) + link.overlap * cost
+                    clock[k] = max(clock[k], link_free[way])
+                ended[kind, k, m] = clock[k] = clock[k] + time[kind, k]
                 queues[k].pop(0)
     return max(clock)
