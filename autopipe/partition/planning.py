@@ -124,13 +124,13 @@ def planned(asked: Asked, constraints: Constraints, split_points: Sequence[str] 
     profile, run, seed = asked.profile, asked.run, asked.seed
     problem = asked.problem(constraints)
     told = _as_told(profile, problem, split_points) if split_points else None
-    stage_of, load_bound = _searched(problem, run, Effort(time_budget_s), seed)
+    stage_of, *bounds = _searched(problem, run, Effort(time_budget_s), seed)
     if told is not None:
         stage_of, free = told, stage_of
         others = {UNCONSTRAINED: (problem.graph, free)}
     else:
         others = asked.prices(constraints, problem, stage_of, time_budget_s)
-    certificate = _certificate(problem, run, stage_of, load_bound)
+    certificate = _certificate(problem, run, stage_of, *bounds)
     return assemble(profile, problem.graph, run, stage_of, certificate, others)
 
 
@@ -173,7 +173,7 @@ class Asked:
         for name, rest in without.items():
             other = self.problem(rest)
             mine = of_profile_node[[members[0] for members in other.graph.members]]
-            better, _ = _searched(other, self.run, Effort(budget_s / len(without)), self.seed)
+            better, *_ = _searched(other, self.run, Effort(budget_s / len(without)), self.seed)
             found[name] = other.graph, min((mine, better), key=lambda s: self._objective_us(other, s))
         return found
 
@@ -184,27 +184,29 @@ class Asked:
         return simulated_step_us(costs, self.run.num_microbatches, self.run.schedule)
 
 
-def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[IntArray, float]:
-    """The best assignment that the search finds, and a bound on the largest load."""
+def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[IntArray, float, float]:
+    """The best assignment that the search finds, and bounds on the largest load and on the step."""
     if problem.num_stages == 1:
         stage_of = np.zeros(problem.graph.num_nodes, np.int64)
         if problem.rules.broken(stage_of, 1):
             raise impossible(problem.rules, 1)
         check_fits(problem, stage_of)
-        return stage_of, load_bound_us(problem.graph, 1)
+        return stage_of, load_bound_us(problem.graph, 1), 0.0
     random = Random(seed)
     small = reduce_problem(problem)
     bottleneck = run.objective == "bottleneck"
     part = effort if bottleneck else effort.share(0.4)
     starts, best = least_load(small, random, part, rounds=60 if bottleneck else 3)
     if bottleneck:
-        return best.solution.stage_of[small.index], best.bound_us
+        return best.solution.stage_of[small.index], best.bound_us, 0.0
     slower: list[Solution] = []
     for other in _with_dearer_transfers(small.problem):
         if not effort.spent:
             slower += first_splits(other, effort)[:2]
-    found = shortest_step(small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], random, effort)
-    return found[small.index], best.bound_us
+    found, least = shortest_step(
+        small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], random, effort
+    )
+    return found[small.index], best.bound_us, 0.0 if small.merged else least
 
 
 def _with_dearer_transfers(problem: Problem) -> list[Problem]:
@@ -249,8 +251,8 @@ def _as_told(profile: Profile, problem: Problem, split_points: Sequence[str]) ->
     return stage_of
 
 
-def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float) -> Certificate:
-    step_bound = step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound)
+def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float, step_bound: float) -> Certificate:
+    step_bound = max(step_bound, step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound))
     costs = run_costs(problem.graph, problem.memory, stage_of, problem.num_stages)
     if run.objective == "bottleneck":
         proved = float(costs.load_us.max()) <= load_bound * (1 + PROOF_TOLERANCE)

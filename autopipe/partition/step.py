@@ -18,6 +18,7 @@ from autopipe.cost import IntArray, stage_costs
 from autopipe.partition.bottleneck import Problem, Solution, kick
 from autopipe.partition.chain import least_traffic, stage_blocks
 from autopipe.partition.effort import Effort
+from autopipe.partition.exhaustive import shortest_of_all
 from autopipe.partition.grids import grid
 from autopipe.partition.intervals import IntervalCosts
 from autopipe.partition.memory import run_costs, stage_memory
@@ -68,11 +69,21 @@ class Clock:
         return ranked_step_us(costs, memory.num_microbatches, memory.schedule)
 
 
-def shortest_step(problem: Problem, starts: Iterable[Solution], random: Random, effort: Effort) -> IntArray:
-    """The assignment with the shortest simulated step: the starts, their neighbours, and descent from the best of them."""
+def shortest_step(
+    problem: Problem, starts: Iterable[Solution], random: Random, effort: Effort
+) -> tuple[IntArray, float]:
+    """The assignment with the shortest simulated step, and what no assignment can beat, 0 where nothing is known.
+
+    A small graph is searched whole. Otherwise: the starts, their neighbours, and descent from the best of them.
+    """
     clock = Clock(problem, effort)
     unique = list({s.stage_of.tobytes(): s for s in starts}.values())
     unique.sort(key=lambda s: clock.step_us(s.stage_of))
+    least = clock.step_us(unique[0].stage_of)
+    of_all = shortest_of_all(problem, least, effort)
+    if of_all is not None:
+        least, better = of_all
+        return (unique[0].stage_of if better is None else better), least
     found = list(unique)
     for start in unique:
         if effort.spent:
@@ -82,7 +93,7 @@ def shortest_step(problem: Problem, starts: Iterable[Solution], random: Random, 
     best = found[0].stage_of
     for solution in _distinct(found)[:STARTS_MOVED]:
         best = min(best, _moved(problem, clock, solution, effort), key=clock.step_us)
-    return _relinearised(problem, clock, best, random, effort)
+    return _relinearised(problem, clock, best, random, effort), 0.0
 
 
 def _moved(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> IntArray:
