@@ -9,8 +9,9 @@ coarse over the whole order, then fine around the cuts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -136,31 +137,33 @@ def improve(problem: Problem, best: Solution, random: Random, effort: Effort, go
 
 
 def search(
-    problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int, goal_us: float
+    problem: Problem, starts: Iterable[Solution], random: Random, effort: Effort, rounds: int, goal_us: float
 ) -> Solution:
-    """The best of several descents, from the starts given and then from random depth-first orders.
+    """The best of several descents, at most `rounds`; the first start is the best known.
 
     Each descent is kicked out of its local optimum by the noising method (Charon and Hudry, 1993): a few steps under costs
     that are off by a random factor, then descent under the true ones, until `KICKS` kicks in a row bring nothing.
     """
-    best = starts[0]
-    for turn in range(rounds):
+    best: Solution | None = None
+    for start in islice(starts, rounds):
+        found = _descend_with_kicks(problem, start, random, effort, goal_us)
+        best = found if best is None else min(best, found, key=lambda s: s.load_us)
         if effort.spent or best.load_us <= goal_us:
             break
-        start: Solution | None = (
-            starts[turn] if turn < len(starts) else _random_start(problem, best, random, effort, turn)
-        )
-        if start is not None:
-            found = _descend_with_kicks(problem, start, random, effort, goal_us)
-            best = min(best, found, key=lambda s: s.load_us)
+    assert best is not None, "at least one round and one start"
     return best
 
 
-def _random_start(problem: Problem, best: Solution, random: Random, effort: Effort, turn: int) -> Solution | None:
-    ahead, back = problem.graph.successors, problem.graph.predecessors
-    order = depth_first(ahead, back, random=random) if turn % 2 else depth_first(back, ahead, random=random)[::-1]
-    arranged = problem.rules.arranged(problem.graph, np.array(order, np.int64))
-    return split_coarse_to_fine(problem, arranged, best.load_us * 2, effort)
+def random_starts(problem: Problem, upper_us: float, random: Random, effort: Effort) -> Iterator[Solution]:
+    """The best splits of random depth-first orders, of those whose largest load is at most `upper_us`; ends with the effort."""
+    ahead, back, turn = problem.graph.successors, problem.graph.predecessors, 0
+    while not effort.spent:
+        order = depth_first(ahead, back, random=random) if turn % 2 else depth_first(back, ahead, random=random)[::-1]
+        arranged = problem.rules.arranged(problem.graph, np.array(order, np.int64))
+        start = split_coarse_to_fine(problem, arranged, upper_us, effort)
+        turn += 1
+        if start is not None:
+            yield start
 
 
 def _descend_with_kicks(problem: Problem, start: Solution, random: Random, effort: Effort, goal_us: float) -> Solution:

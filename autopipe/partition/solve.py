@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import chain, islice
 from random import Random
 
 import numpy as np
 
 from autopipe.cost import IntArray
-from autopipe.partition.bottleneck import CLOSE_ENOUGH, Problem, Solution, first_splits, improve, search, split_order
+from autopipe.partition.annealing import annealed, can_anneal
+from autopipe.partition.bottleneck import (
+    CLOSE_ENOUGH,
+    Problem,
+    Solution,
+    first_splits,
+    improve,
+    random_starts,
+    search,
+    split_order,
+)
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.chain import TOLERANCE
 from autopipe.partition.constraints import impossible
@@ -62,12 +74,33 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     goal = bound * (1 + CLOSE_ENOUGH)
     found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.35, goal)
     if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
-        part = effort.share(0.8)
-        budget = part.left_s
-        best = search(problem, [found.solution, *starts[1:]], random, part, rounds, goal)
-        effort.spend(seconds=budget - part.left_s)
+        best = _searched_further(problem, [found.solution, *starts[1:]], random, effort, rounds, goal)
         found = _proved_further(small, Refined(solution=best, bound_us=found.bound_us), random, effort, 1.0, goal)
     return starts, _with_least_traffic(problem, found, effort)
+
+
+def _searched_further(
+    problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int, goal: float
+) -> Solution:
+    """From the best start, then in turn from annealed ones, the others given, and random ones."""
+    part = effort.share(0.8)
+    budget = part.left_s
+    others = chain(starts[1:], random_starts(problem, 2 * starts[0].load_us, random, part))
+    fresh = _alternating(_annealed_starts(problem, random, part), others) if can_anneal(problem) else others
+    best = search(problem, chain(starts[:1], fresh), random, part, rounds, goal)
+    effort.spend(seconds=budget - part.left_s)
+    return best
+
+
+def _annealed_starts(problem: Problem, random: Random, effort: Effort) -> Iterator[Solution]:
+    while not effort.spent:
+        yield annealed(problem, random, effort)
+
+
+def _alternating(one: Iterator[Solution], other: Iterator[Solution]) -> Iterator[Solution]:
+    for first in one:
+        yield first
+        yield from islice(other, 1)
 
 
 def _proved_further(
