@@ -103,5 +103,5 @@ def pipeline(
     with context.watcher.call():
         engine = Engine(model, config, context)
         if example_args or example_kwargs:
-            engine.prepare(engine.split(example_args, example_kwargs or {}, example_target)[0])
+            engine.prepare(example_args, example_kwargs or {}, example_target)
     return engine

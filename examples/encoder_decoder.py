@@ -83,6 +83,7 @@ def main() -> None:
     engine = autopipe.pipeline(
         Reverser(),
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
+        data_parallel=1,
         num_microbatches=4,
         max_grad_norm=1.0,
         loss_weight=num_labels,

@@ -97,7 +97,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     model = MixtureOfExperts()
     kept_whole = autopipe.capture(model, sums(8, generator)).report()
-    engine = autopipe.pipeline(model, optimizer=partial(torch.optim.AdamW, lr=3e-3), num_microbatches=4)
+    engine = autopipe.pipeline(
+        model, optimizer=partial(torch.optim.AdamW, lr=3e-3), data_parallel=1, num_microbatches=4
+    )
     if engine.is_first_rank:
         print(kept_whole, flush=True)
     for step in range(1, options.steps + 1):

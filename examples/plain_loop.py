@@ -53,7 +53,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     example, _ = clusters(64, generator)
     # The example lets the model be placed at once, so that its parameters are there for the optimizer.
-    engine = autopipe.pipeline(Classifier(), loss_fn=F.cross_entropy, num_microbatches=4, example_args=(example,),
+    engine = autopipe.pipeline(Classifier(), loss_fn=F.cross_entropy, data_parallel=1, num_microbatches=4, example_args=(example,),
                                example_target=torch.zeros(64, dtype=torch.long))  # fmt: skip
     optimizer = torch.optim.SGD(engine.parameters(), lr=0.02, momentum=0.9)
 

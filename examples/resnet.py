@@ -87,7 +87,11 @@ def main() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     engine = autopipe.pipeline(
-        ResNet(), loss_fn=F.cross_entropy, optimizer=partial(torch.optim.AdamW, lr=1e-3), num_microbatches=4
+        ResNet(),
+        loss_fn=F.cross_entropy,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        data_parallel=1,
+        num_microbatches=4,
     )
     held_out, labels = drawn(256, torch.Generator().manual_seed(1))
     for step in range(1, options.steps + 1):

@@ -36,7 +36,12 @@ def main() -> None:
     data = standard_library()
     example = batch_of(data, options.batch, torch.Generator().manual_seed(0))
     engine = autopipe.pipeline(
-        GPT(width=options.width), example, optimizer=partial(torch.optim.AdamW, lr=3e-3), num_microbatches=8, seed=0
+        GPT(width=options.width),
+        example,
+        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        data_parallel=1,
+        num_microbatches=8,
+        seed=0,
     )
     if any(options.checkpoints.glob("step-*")):
         engine.load_checkpoint(options.checkpoints)

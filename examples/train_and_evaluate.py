@@ -108,6 +108,7 @@ def main() -> None:
         optimizer=partial(torch.optim.AdamW, lr=4e-3),
         lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_cosine, warmup=total // 10 + 1, total=total)),
         max_grad_norm=1.0,
+        data_parallel=1,
         num_microbatches=4,
         seed=0,
     )

@@ -89,7 +89,7 @@ def main() -> None:
     torch.manual_seed(0)
     model, data, generator = GPT(), standard_library(), torch.Generator().manual_seed(0)
     engine = autopipe.pipeline(
-        model, optimizer=partial(torch.optim.AdamW, lr=3e-3), num_microbatches=options.microbatches
+        model, optimizer=partial(torch.optim.AdamW, lr=3e-3), data_parallel=1, num_microbatches=options.microbatches
     )
 
     is_first = engine.stage == 0

@@ -76,7 +76,7 @@ def main() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     engine = autopipe.pipeline(
-        UNet(), loss_fn=F.mse_loss, optimizer=partial(torch.optim.Adam, lr=2e-3), num_microbatches=6
+        UNet(), loss_fn=F.mse_loss, optimizer=partial(torch.optim.Adam, lr=2e-3), data_parallel=1, num_microbatches=6
     )
     for step in range(options.steps):
         clean = pictures(24, 32, generator)

@@ -43,6 +43,15 @@ def check_sizes(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
     return ordered
 
 
+def sizes_to_profile(batch: int, num_devices: int) -> list[int]:
+    """Two micro-batch sizes about those that a search over the uses of devices will weigh, so that what a micro-batch costs by itself is known.
+
+    From two samples on: with one, some models compute differently.
+    """
+    small = min(max(2, batch // (4 * num_devices)), batch)
+    return [small] if 2 * small > batch else [small, 2 * small]
+
+
 def scaling_rule(profiles: Sequence[Profile], microbatch_size: int) -> str:
     """How `at_size` comes by its figures: empty where this size was profiled."""
     if any(p.microbatch_size == microbatch_size for p in profiles):

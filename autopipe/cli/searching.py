@@ -49,12 +49,3 @@ def searched(options: argparse.Namespace, profiles: list[Profile]) -> Plan:
         constraints=Constraints(**{kind: getattr(options, kind) or () for kind in CONSTRAINTS}),
         **{name: value for name, value in asked.items() if value is not None},
     )
-
-
-def sizes_to_profile(batch: int, num_devices: int) -> list[int]:
-    """Two micro-batch sizes about those that the search will weigh, so that what a micro-batch costs by itself is known.
-
-    From two samples on: with one, some models compute differently.
-    """
-    small = min(max(2, batch // (4 * num_devices)), batch)
-    return [small] if 2 * small > batch else [small, 2 * small]

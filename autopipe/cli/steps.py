@@ -10,7 +10,7 @@ import torch
 from autopipe.capture import capture
 from autopipe.cli.models import Example, load_example
 from autopipe.cli.options import CONSTRAINTS
-from autopipe.cli.searching import searched, sizes_to_profile, wants_search
+from autopipe.cli.searching import searched, wants_search
 from autopipe.cli.whatif import link_of
 from autopipe.cluster import Cluster
 from autopipe.cost import DEFAULT_LINK
@@ -23,6 +23,7 @@ from profiler import estimate, profile
 from profiler.devices import DEVICES
 from profiler.records import Profile
 from profiler.scaling import known_device, scaled
+from profiler.sizes import sizes_to_profile
 
 
 def profiled(options: argparse.Namespace) -> Profile:

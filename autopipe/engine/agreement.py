@@ -19,18 +19,27 @@ from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
 from autopipe.errors import EngineError
 
+NOTHING = -(2**62)
+"""Below every digest."""
+
 
 class CallComparison:
-    """Ranks that were given different calls or batches would wait for each other: the ranks of a replica compare a digest first."""
+    """Ranks that were given different calls or batches would wait for each other: digests are compared first, of the call over all
+    ranks, and of the micro-batches over those of a replica."""
 
-    def __init__(self, layout: Layout, kind: str, training: bool, microbatches: Sequence[MicroBatch]) -> None:
-        self._layout, self._kind, self._microbatches = layout, kind, microbatches
+    def __init__(
+        self, context: Context, layout: Layout, kind: str, training: bool, microbatches: Sequence[MicroBatch]
+    ) -> None:
+        self._context, self._replica, self._microbatches = context, layout.replica, microbatches
+        self._call = "train in evaluation mode" if kind == "train" and not training else kind
         self._work: Any = None
-        if layout.pipeline_control is not None:
-            text = "|".join([kind, str(training), *(m.signature for m in microbatches)])
-            digest = zlib.crc32(text.encode())
-            self._bounds = torch.tensor([digest, -digest])
-            self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=layout.pipeline_control, async_op=True)
+        if context.control is not None:
+            call = zlib.crc32(self._call.encode())
+            batch = zlib.crc32("|".join(m.signature for m in microbatches).encode())
+            self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest and negated smallest digest
+            self._bounds[0] = torch.tensor([call, -call])
+            self._bounds[1 + layout.replica] = torch.tensor([batch, -batch])
+            self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)
 
     def finish(self) -> None:
         """Waits for the answer of the others; the second time it does nothing.
@@ -43,22 +52,32 @@ class CallComparison:
         if work is None:
             return
         work.wait()
-        if self._bounds[0] == -self._bounds[1]:
+        if torch.equal(self._bounds[:, 0], -self._bounds[:, 1]):
             return
-        calls: list[Any] = [None] * self._layout.num_ranks
         mine = (
-            self._kind,
+            self._call,
             [m.num_samples for m in self._microbatches],
             self._microbatches[0].signature if self._microbatches else "",
         )
-        dist.all_gather_object(calls, mine, group=self._layout.pipeline_control)
-        ranks = sorted(self._layout.shape.replicas[self._layout.replica])
-        other = next((i for i, c in enumerate(calls) if c != calls[0]), 0)
+        told = self._context.gather((self._replica, mine))
+        rank, other = _first_difference(told)
         raise EngineError(
-            f"rank {ranks[0]} calls {calls[0]}, rank {ranks[other]} calls {calls[other]}",
+            f"rank {other} calls {told[other][1]}, rank {rank} calls {told[rank][1]}",
             expected="the same call with a batch of the same shape on every rank",
             remedy="give every rank the same batch; seed the sampler of the data loader equally",
         )
+
+
+def _first_difference(told: Sequence[tuple[int, tuple[str, list[int], str]]]) -> tuple[int, int]:
+    """The first rank that makes another call than rank 0, or has other micro-batches than the first of its replica; and that one."""
+    first_of: dict[int, int] = {}
+    for rank, (replica, call) in enumerate(told):
+        first = first_of.setdefault(replica, rank)
+        if call[0] != told[0][1][0]:
+            return rank, 0
+        if call != told[first][1]:
+            return rank, first
+    return 0, 0
 
 
 class LossSum:

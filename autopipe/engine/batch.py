@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import ConfigError
 
+Batch = tuple[tuple[Any, ...], Mapping[str, Any], Any]
+"""Arguments, keyword arguments and target of a call."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:

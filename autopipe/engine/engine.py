@@ -10,28 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
 
+from autopipe.capture import Captured
 from autopipe.checkpoint import Reader, newest, open_weights
 from autopipe.config import PipelineConfig
 from autopipe.engine.background import Saver
-from autopipe.engine.batch import MicroBatch, check_device, split
+from autopipe.engine.batch import Batch, MicroBatch, check_device, split
 from autopipe.engine.context import Context
 from autopipe.engine.front import IteratorFront
-from autopipe.engine.layout import make_layout
 from autopipe.engine.masters import lower
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.outputs import gather_outputs
 from autopipe.engine.parameters import StageParameters, zero_gradient
 from autopipe.engine.placing import place, release
-from autopipe.engine.planning import compare_ranks, make_plan, num_microbatches_of, precision_context
-from autopipe.engine.programs import Kind, capture_output, capture_program, mode_of
+from autopipe.engine.planning import capture_first, compare_ranks, num_microbatches_of, plan_layout
+from autopipe.engine.programs import Kind
 from autopipe.engine.replicas import Replicas
 from autopipe.engine.runner import Runner
 from autopipe.engine.saving import collect, load
 from autopipe.engine.scaling import LossScale
-from autopipe.engine.shape import shape_of
+from autopipe.engine.searching import left_to_search, search_plan
+from autopipe.engine.shape import shape_of, shape_of_plan
 from autopipe.engine.share import Share, share_of
 from autopipe.engine.watcher import watched
 from autopipe.placement import owners, with_unread
+from autopipe.plan import Plan
 from autopipe.stages import placement
 
 
@@ -43,15 +45,16 @@ class Engine(IteratorFront):
     """
 
     def __init__(self, model: nn.Module, config: PipelineConfig, context: Context) -> None:
-        layout = make_layout(context, shape_of(config, context.world_size))
-        super().__init__(config, context, layout, num_microbatches_of(config, layout.num_stages))
+        super().__init__(config, context)
         self._model = model
-        self.watcher.stage = layout.stages[0]
         self._flags = {m: m.training for m in model.modules()}
         self._runner: Runner | None = None
         self._saver = Saver(context)
         self._resume: Reader | None = None
         self.steps = 0
+        shape = shape_of(config, context.world_size)
+        if not left_to_search(config, context.world_size):
+            self._lay_out(shape, num_microbatches_of(config, shape.num_stages))
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
@@ -73,8 +76,7 @@ class Engine(IteratorFront):
             EngineError: a rank failed; the message is the first rank's, on every rank.
             CaptureError, PartitionError, ConfigError: the model or the call cannot be run.
         """
-        microbatches = self._split(args, kwargs, target)
-        self.prepare(microbatches[0])
+        microbatches = self._prepared(args, kwargs, target)
         parameters, optimizing, runner = self._placed(), self._optimizer(), self._ready()
         optimizing.zero_grad()
         earlier = parameters.set_aside()
@@ -115,10 +117,11 @@ class Engine(IteratorFront):
         Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples. As a first
         call it plans the model, with the loss where the model returns it.
         """
-        microbatches = self._split(args, kwargs, None)
+        self._saver.check()
         if self._config.plan is None or self._config.loss_fn is None:
-            self.prepare(microbatches[0], for_output=True)
+            self.prepare(args, kwargs, None, for_output=True)
         self._require_plan("predict()")
+        microbatches = self._split(args, kwargs, None)
         share = self._share(microbatches, weighted=False)
         step, runs = self._forward("predict", share)
         with self.watcher.waiting("sharing the output"):
@@ -271,8 +274,10 @@ class Engine(IteratorFront):
 
     # -- the first batch ----------------------------------------------------------------------------------------------
 
-    def prepare(self, microbatch: MicroBatch, *, for_output: bool = False) -> None:
-        """Captures, plans, and places the model, unless that is done. Collective.
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, *, for_output: bool = False
+    ) -> None:
+        """Captures, plans, and places the model by a first batch, unless that is done. Collective.
 
         Args:
             for_output: there is no target, and there may be no loss: what is planned is the way to the output.
@@ -282,28 +287,9 @@ class Engine(IteratorFront):
         self.watcher.enter("capturing and planning")
         config, context, model = self._config, self._context, self._model
         originals = lower(model) if config.precision == "bf16-params" else {}
-        if (
-            not config.shard_batch and self._layout.data_parallel > 1
-        ):  # replicas may begin with different shapes: rank 0's are planned
-            check_device(microbatch, context.device)
-            first = context.gather(microbatch.template())[0]
-            microbatch = microbatch if context.rank == 0 else first
-
-        def captured_here() -> Any:
-            check_device(microbatch, context.device)
-            with mode_of(model, True, self._flags):
-                check = config.self_check and context.rank == 0
-                modes = precision_context(config, context.device)
-                if for_output:
-                    return capture_output(model, microbatch, check=check, modes=modes)
-                return capture_program(model, microbatch, "train", config.loss_fn, check=check, modes=modes)
-
         given = config.weights
         weights = context.agree(lambda: open_weights(given) if isinstance(given, (str, Path)) else given)
-        captured = context.agree(captured_here)
-        plan = context.agree(
-            lambda: make_plan(captured, microbatch, config, context, self._layout, self._num_microbatches)
-        )
+        captured, microbatch, plan = self._planned(self._batch(args, kwargs, target), for_output)
         stage_of = context.agree(lambda: placement(captured, plan))
         compare_ranks(context, captured, plan)
         self._replicas = Replicas(self._layout, plan.zero_stage)
@@ -330,25 +316,49 @@ class Engine(IteratorFront):
         self._parameters, self._plan = parameters, plan
         self._load_resumed()
 
+    def _planned(self, batch: Batch, for_output: bool) -> tuple[Captured, MicroBatch, Plan]:
+        """The captured graph, the micro-batch that it is of, and its plan; the layout where that was left to the planner."""
+        config, context = self._config, self._context
+
+        def capture(microbatch: MicroBatch) -> Captured:
+            return capture_first(self._model, microbatch, config, context, self._flags, for_output=for_output)
+
+        if self._laid is None and not for_output:
+            captured, microbatch, plan = search_plan(batch, config, context, capture)
+            self._lay_out(shape_of_plan(plan, config, context.world_size), plan.num_microbatches)
+            return captured, microbatch, plan
+        if self._laid is None:  # a prediction has no step to make short
+            shape = shape_of(config, context.world_size)
+            self._lay_out(shape, num_microbatches_of(config, shape.num_stages))
+        microbatch = self._split_batch(batch)[0]
+        return plan_layout(microbatch, config, context, self._layout, self._num_microbatches, capture)
+
     def _ready(self) -> Runner:
         assert self._runner is not None
         return self._runner
 
     # -- parts of a step ----------------------------------------------------------------------------------------------
 
-    def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
-        """The micro-batches of a call: of all replicas where they share the batch."""
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Batch:
         if self._config.loss_fn is None and target is not None:
-            kwargs, target = {**kwargs, "target": target}, None
+            return args, {**kwargs, "target": target}, None
+        return args, kwargs, target
+
+    def _split_batch(self, batch: Batch) -> list[MicroBatch]:
+        """The micro-batches of a batch: of all replicas where they share it."""
         replicas = self._layout.data_parallel if self._config.shard_batch else 1
-        return split(args, kwargs, target, self._num_microbatches * replicas)
+        return split(*batch, self._num_microbatches * replicas)
 
     def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
-        self._saver.check()
-        microbatches = self.split(args, kwargs, target)
-        if self._plan is not None:
-            check_device(microbatches[0], self._context.device)
+        microbatches = self._split_batch(self._batch(args, kwargs, target))
+        check_device(microbatches[0], self._context.device)
         return microbatches
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
+        """The micro-batches of a call, which the model is planned by where it is the first."""
+        self._saver.check()
+        self.prepare(args, kwargs, target)
+        return self._split(args, kwargs, target)
 
     def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> Share:
         self.watcher.enter("weighing the micro-batches")
@@ -363,8 +373,7 @@ class Engine(IteratorFront):
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> tuple[Tensor, float]:
         """The mean loss of a batch, and the batch's weight."""
-        microbatches = self._split(args, kwargs, target)
-        self.prepare(microbatches[0])
+        microbatches = self._prepared(args, kwargs, target)
         share = self._share(microbatches)
         step, _ = self._forward("eval", share)
         return self._ready().share_loss(step), share.total

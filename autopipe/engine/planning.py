@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import profiler
 from autopipe.capture import Captured
 from autopipe.config import PipelineConfig
-from autopipe.engine.batch import MicroBatch
+from autopipe.engine.batch import MicroBatch, check_device
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
+from autopipe.engine.programs import capture_output, capture_program, mode_of
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
 from autopipe.plan import SCHEDULES, Plan
@@ -34,6 +35,44 @@ def num_microbatches_of(config: PipelineConfig, num_stages: int) -> int:
     if config.plan is not None:
         return config.plan.num_microbatches
     return 1 if num_stages == 1 else 4 * num_stages
+
+
+def capture_first(
+    model: nn.Module,
+    microbatch: MicroBatch,
+    config: PipelineConfig,
+    context: Context,
+    flags: Mapping[nn.Module, bool],
+    *,
+    for_output: bool,
+) -> Captured:
+    """Captures what is planned: the training graph, or with `for_output` the way to the output."""
+    check_device(microbatch, context.device)
+    with mode_of(model, True, flags):
+        check = config.self_check and context.rank == 0
+        modes = precision_context(config, context.device)
+        if for_output:
+            return capture_output(model, microbatch, check=check, modes=modes)
+        return capture_program(model, microbatch, "train", config.loss_fn, check=check, modes=modes)
+
+
+def plan_layout(
+    microbatch: MicroBatch,
+    config: PipelineConfig,
+    context: Context,
+    layout: Layout,
+    num_microbatches: int,
+    capture: Callable[[MicroBatch], Captured],
+) -> tuple[Captured, MicroBatch, Plan]:
+    """The graph of a first micro-batch, the micro-batch, and the plan of it for a layout that is given. Collective."""
+    if not config.shard_batch and layout.data_parallel > 1:
+        # replicas may begin with different shapes: rank 0's are planned
+        check_device(microbatch, context.device)
+        first = context.gather(microbatch.template())[0]
+        microbatch = microbatch if context.rank == 0 else first
+    captured = context.agree(lambda: capture(microbatch))
+    plan = context.agree(lambda: make_plan(captured, microbatch, config, context, layout, num_microbatches))
+    return captured, microbatch, plan
 
 
 def make_plan(
@@ -66,7 +105,7 @@ def make_plan(
             num_microbatches=num_microbatches,
             link=link,
             recompute=config.recompute,
-            optimizer=MASTER_STATES if config.precision == "bf16-params" else "adam",
+            optimizer=optimizer_states(config),
             memory_limit=memory_limit(config, context),
             data_parallel=layout.data_parallel,
             zero_stage=zero_stage,
@@ -82,6 +121,11 @@ def make_plan(
         return rescheduled(plan, config.schedule)
     undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
     return fastest_schedule(plan, schedules=UNDIVIDED if undivided else None)
+
+
+def optimizer_states(config: PipelineConfig) -> str | float:
+    """What a run keeps beside parameters and gradients, as the planner counts it."""
+    return MASTER_STATES if config.precision == "bf16-params" else "adam"
 
 
 def zero_stages(config: PipelineConfig, data_parallel: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from autopipe.config import PipelineConfig
 from autopipe.engine.context import Context
-from autopipe.engine.layout import Layout
+from autopipe.engine.layout import Layout, Shape, make_layout
 from autopipe.engine.measure import Measurements, merge_timelines, transfer_times_us
 from autopipe.engine.optimizing import Optimizing
 from autopipe.engine.parameters import StageParameters
@@ -24,15 +24,38 @@ from autopipe.report.measured import measured_report
 
 
 class Readings:
-    """The engine's state, and what users read of it. `_plan`, `_parameters` and `_optimizing` are None before the first batch."""
+    """The engine's state, and what users read of it. `_plan`, `_parameters` and `_optimizing` are None before the first batch, `_laid`
+    where the planner is to choose the layout."""
 
-    def __init__(self, config: PipelineConfig, context: Context, layout: Layout, num_microbatches: int) -> None:
-        self._config, self._context, self._layout, self._num_microbatches = config, context, layout, num_microbatches
+    def __init__(self, config: PipelineConfig, context: Context) -> None:
+        self._config, self._context = config, context
+        self._laid: Layout | None = None
+        self._most_microbatches = 0
         self._transport = Transport(context)
         self._measured = Measurements()
         self._plan: Plan | None = None
         self._parameters: StageParameters | None = None
         self._optimizing: Optimizing | None = None
+
+    def _lay_out(self, shape: Shape, num_microbatches: int) -> None:
+        """Settles which rank runs what, and makes the process groups. Collective."""
+        self._laid, self._most_microbatches = make_layout(self._context, shape), num_microbatches
+        self.watcher.stage = self._laid.stages[0]
+
+    @property
+    def _layout(self) -> Layout:
+        if self._laid is None:
+            raise EngineError(
+                "stages and replicas before the first batch, from which the planner chooses them",
+                expected="a model that is planned",
+                remedy="pass example_args to autopipe.pipeline(), call train_batch() first, or give num_stages",
+            )
+        return self._laid
+
+    @property
+    def _num_microbatches(self) -> int:
+        assert self._layout
+        return self._most_microbatches
 
     @watched
     def report(self, format: str = "table") -> str:

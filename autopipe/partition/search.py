@@ -291,7 +291,7 @@ class _Search:
     def _fastest(self, plan: Plan, way: Way) -> Plan:
         """The plan under the fastest schedule that is allowed and fits, as `fastest_schedule` chooses; the slower are not played."""
         ranks = way.layout.num_ranks
-        names = [n for n in schedules_for(way.num_stages, ranks) if n in self.wanted.schedules]
+        names = list(schedules_for(way.num_stages, ranks, self.wanted.schedules))
         if any(stage.recompute for stage in plan.stages):
             names = [n for n in names if n != "zb-h1"]  # what is computed again cannot be divided
         if not names:

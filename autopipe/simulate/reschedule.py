@@ -21,10 +21,10 @@ UNDIVIDED = ("1f1b", "eager-1f1b")
 """Those that compute a backward as a whole, with a stage for each rank."""
 
 
-def schedules_for(num_stages: int, num_ranks: int) -> tuple[str, ...]:
+def schedules_for(num_stages: int, num_ranks: int, among: Sequence[str] = WORTH_TRYING) -> tuple[str, ...]:
     """The schedules that can run these stages on these ranks, simplest first."""
     fits = (num_stages == num_ranks, num_stages > num_ranks)
-    return tuple(name for name in WORTH_TRYING if name in RUNNABLE and fits[name in SEVERAL_STAGES_A_RANK])
+    return tuple(name for name in among if name in RUNNABLE and fits[name in SEVERAL_STAGES_A_RANK])
 
 
 def fastest_schedule(plan: Plan, *, num_ranks: int | None = None, schedules: Sequence[str] | None = None) -> Plan:

@@ -47,6 +47,7 @@ def pipeline_step(
     engine = pipeline(
         model,
         loss_fn=surrogate_loss if call.surrogate else None,
+        data_parallel=1,
         num_microbatches=num_microbatches,
         schedule=schedule,
         device="cpu",

@@ -34,6 +34,7 @@ def one_rank(width: int, layers: int, repeats: int, folder: str) -> dict[str, An
         example_target=ids,
         loss_fn=loss_fn,
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        data_parallel=1,
         num_microbatches=4,
     )
     step = partial(engine.train_batch, ids, target=ids)

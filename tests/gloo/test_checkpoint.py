@@ -67,7 +67,7 @@ def _load(
         engine.train_batch(*args, target=target)
     client = engine.load_checkpoint(directory)
     if not late:
-        engine.prepare(engine.split(args, {}, target)[0])
+        engine.prepare(args, {}, target)
     state = {n: t.numpy() for n, t in engine.state_dict().items()}
     later = [float(engine.train_batch(*args, target=target)) for _ in range(3)]
     engine.close()

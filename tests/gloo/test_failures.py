@@ -70,7 +70,8 @@ def _bad_input(what: str) -> tuple[str, str, float]:
             engine = autopipe.pipeline(model, (x,), example_target=target, loss_fn=F.mse_loss)
             engine.train_batch(x, target=target.to("meta"))
         elif what == "too many stages":
-            autopipe.pipeline(nn.Linear(4, 4), loss_fn=F.mse_loss).train_batch(x, target=target)
+            num_stages = int(os.environ["WORLD_SIZE"])
+            autopipe.pipeline(nn.Linear(4, 4), loss_fn=F.mse_loss, num_stages=num_stages).train_batch(x, target=target)
         elif what == "another model's plan":
             autopipe.pipeline(
                 nn.Sequential(nn.Linear(4, 4), nn.Tanh(), model), plan=_plan_of(model), loss_fn=F.mse_loss

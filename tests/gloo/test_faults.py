@@ -40,7 +40,7 @@ def _train(what: str) -> str:
     x, target = torch.randn(8, 4), torch.randn(8, 4)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     try:
-        with autopipe.pipeline(model, (x,), example_target=target, loss_fn=F.mse_loss) as engine:
+        with autopipe.pipeline(model, (x,), example_target=target, loss_fn=F.mse_loss, num_stages=2) as engine:
             for _ in range(3 if what == "fewer steps" and rank == 1 else 6):
                 engine.train_batch(x, target=target)
     except autopipe.AutopipeError as error:

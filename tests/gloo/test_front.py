@@ -47,6 +47,7 @@ def _train_on_iterators() -> dict[str, Any]:
         loss_fn=loss_fn,
         optimizer=SGD,
         lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=3),
+        data_parallel=1,
         num_microbatches=2,
     )
     warnings: list[str] = []

@@ -149,7 +149,9 @@ def _evaluate(name: str) -> dict[str, float]:
 
     model, args, kwargs, target, loss_fn = make(name, BATCH)
     plain = copy.deepcopy(model)
-    engine = autopipe.pipeline(model, args, kwargs, example_target=target, loss_fn=loss_fn, num_microbatches=4)
+    engine = autopipe.pipeline(
+        model, args, kwargs, example_target=target, loss_fn=loss_fn, data_parallel=1, num_microbatches=4
+    )
     loss = engine.eval_batch(*args, target=target, **kwargs)
     output = engine.predict(*args, **kwargs)
     plain.eval()
@@ -186,6 +188,7 @@ def _train_with_optimizer(num_steps: int) -> dict[str, float]:
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
         lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2),
         max_grad_norm=0.5,
+        data_parallel=1,
         num_microbatches=4,
     )
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)

@@ -83,7 +83,7 @@ def statistics() -> dict[str, Any]:
     """Planning and evaluation leave batch norm's statistics alone, and evaluation uses them."""
     model, args, _, target, loss_fn = make("resnet", 6)
     plain = copy.deepcopy(model)
-    engine = autopipe.pipeline(model, args, example_target=target, loss_fn=loss_fn, num_microbatches=2)
+    engine = autopipe.pipeline(model, args, example_target=target, loss_fn=loss_fn, data_parallel=1, num_microbatches=2)
     untouched = all(torch.equal(b, engine.state_dict()[n]) for n, b in plain.named_buffers())
     engine.train_batch(*args, target=target)
     plain_step(plain, args, {}, target, loss_fn, 2)
@@ -104,7 +104,9 @@ def checkpointing() -> dict[str, Any]:
     def loss_fn(output: dict[str, Any], target: Tensor) -> Tensor:
         return F.mse_loss(output["y"], target)
 
-    engine = autopipe.pipeline(model, (ids,), example_target=target, loss_fn=loss_fn, num_microbatches=2)
+    engine = autopipe.pipeline(
+        model, (ids,), example_target=target, loss_fn=loss_fn, data_parallel=1, num_microbatches=2
+    )
     engine.train_batch(ids, target=target)
     Counted.forwards = 0
     engine.train_batch(ids, target=target)
@@ -126,7 +128,12 @@ def bf16() -> dict[str, Any]:
     """The loss is fp32, and differs where bf16 could not tell; the logits are those of all micro-batches."""
     model, args, _, target, loss_fn = make("gpt", 6)
     engine = autopipe.pipeline(
-        model, loss_fn=loss_fn, optimizer=partial(torch.optim.SGD, lr=1e-4), precision="bf16", num_microbatches=3
+        model,
+        loss_fn=loss_fn,
+        optimizer=partial(torch.optim.SGD, lr=1e-4),
+        precision="bf16",
+        data_parallel=1,
+        num_microbatches=3,
     )
     losses = [engine.train_batch(*args, target=target) for _ in range(3)]
     return {
@@ -150,7 +157,7 @@ def padding() -> dict[str, Any]:
     results = {}
     for name, weight in (("weighted", lambda target: (target != -100).sum()), ("by samples", None)):
         mine, plain = copy.deepcopy(model), copy.deepcopy(model)
-        engine = autopipe.pipeline(mine, loss_fn=loss_fn, num_microbatches=4, loss_weight=weight)
+        engine = autopipe.pipeline(mine, loss_fn=loss_fn, data_parallel=1, num_microbatches=4, loss_weight=weight)
         loss = float(engine.train_batch(ids, target=labels))
         expected = loss_fn(plain(ids), labels)
         expected.backward()

@@ -37,7 +37,7 @@ def _in_turn() -> dict[str, Any]:
     """Predicts first, then trains, evaluates and predicts in turn, beside the plain model."""
     model, args, _, target, loss_fn = make("gpt", 6)
     plain = copy.deepcopy(model)
-    engine = autopipe.pipeline(model, loss_fn=loss_fn, optimizer=SGD, num_microbatches=3)
+    engine = autopipe.pipeline(model, loss_fn=loss_fn, optimizer=SGD, data_parallel=1, num_microbatches=3)
     ours, theirs = engine.predict(*args), plain.eval()(*args)
     errors = [relative_error(ours, theirs)]
     optimizer = SGD(plain.parameters())
@@ -61,7 +61,7 @@ def _generate(predict_on: str) -> dict[str, Any]:
     torch.manual_seed(1)
     model = TiedGPT(layers=2)
     plain = copy.deepcopy(model).eval()
-    engine = autopipe.pipeline(model, num_microbatches=2, predict_on=predict_on)
+    engine = autopipe.pipeline(model, data_parallel=1, num_microbatches=2, predict_on=predict_on)
     ids = theirs = torch.randint(0, 50, (3, 4))
     nothing = []
     for _ in range(4):
@@ -84,7 +84,9 @@ def _generate(predict_on: str) -> dict[str, Any]:
 
 
 def _no_batch(predict_on: str) -> str:
-    engine = autopipe.pipeline(NoBatch(), loss_fn=F.mse_loss, num_microbatches=2, predict_on=predict_on)
+    engine = autopipe.pipeline(
+        NoBatch(), loss_fn=F.mse_loss, data_parallel=1, num_microbatches=2, predict_on=predict_on
+    )
     try:
         engine.predict(torch.randn(4, 4))
     except autopipe.EngineError as error:

@@ -26,7 +26,7 @@ def report(num_microbatches: int) -> dict[str, Any]:
     model.head.weight = torch.nn.Parameter(model.wte.weight.detach().clone())  # untied: a stage each
     engine = autopipe.pipeline(
         model, loss_fn=token_loss, optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
-        num_microbatches=num_microbatches, schedule="1f1b",
+        data_parallel=1, num_microbatches=num_microbatches, schedule="1f1b",
     )  # fmt: skip
     for _ in range(3):
         engine.train_batch(ids, target=ids)

@@ -20,7 +20,7 @@ def _train(name: str) -> dict[str, float]:
     dist.init_process_group("gloo")
     model, args, kwargs, target, loss_fn = make(name, 12)
     plain = copy.deepcopy(model)
-    engine = autopipe.pipeline(model, loss_fn=loss_fn, num_microbatches=6, recompute="full")
+    engine = autopipe.pipeline(model, loss_fn=loss_fn, data_parallel=1, num_microbatches=6, recompute="full")
     loss = engine.train_batch(*args, target=target, **kwargs)
     expected = plain_step(plain, args, kwargs, target, loss_fn, 6)
     gradients = dict(plain.named_parameters())
@@ -54,6 +54,7 @@ def _measure(shares: list[float]) -> list[dict[str, Any]]:
             TiedGPT(64, 64, 8, 64),
             loss_fn=token_loss,
             optimizer=torch.optim.SGD,
+            data_parallel=1,
             num_microbatches=8,
             memory_limit=limit and int(limit * share),
         )

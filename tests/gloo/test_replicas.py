@@ -86,7 +86,6 @@ def _own_shares() -> float:
     model, args, _, target, loss_fn = make("gpt", BATCH)
     plain = copy.deepcopy(model)
     engine = autopipe.pipeline(model, loss_fn=loss_fn, data_parallel=2, num_microbatches=2, shard_batch=False)
-    engine.split(args, {}, target)
     sampler = engine.sampler(range(BATCH), shuffle=False)  # type: ignore[arg-type]
     rows = list(sampler)[: 6 if sampler.rank == 0 else 4]
     engine.train_batch(args[0][rows], target=target[rows])

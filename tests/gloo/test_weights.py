@@ -126,7 +126,7 @@ def test_a_checkpoint_is_loaded_into_a_model_on_meta(tmp_path: Path) -> None:
         model = Bare()
     engine = autopipe.pipeline(model, loss_fn=F.mse_loss, optimizer=SGD)
     engine.load_checkpoint(tmp_path)
-    engine.prepare(engine.split((x,), {}, x + 1)[0])
+    engine.prepare((x,), {}, x + 1)
     assert torch.equal(engine.state_dict()["scale"], first.state_dict()["scale"])
     with torch.device("meta"):
         model = Bare()

@@ -80,7 +80,9 @@ def test_dropout_follows_the_seed_and_spans_are_of_the_device(tmp_path: Path) ->
     for _ in range(2):
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64))
-        engine = autopipe.pipeline(model, loss_fn=torch.nn.functional.mse_loss, seed=5, num_microbatches=2)
+        engine = autopipe.pipeline(
+            model, loss_fn=torch.nn.functional.mse_loss, seed=5, data_parallel=1, num_microbatches=2
+        )
         x = torch.randn(8, 64).cuda()
         state = torch.cuda.get_rng_state()
         losses.append([float(engine.train_batch(x, target=x)) for _ in range(3)])
