@@ -24,21 +24,25 @@ NOTHING = -(2**62)
 
 
 class CallComparison:
-    """Ranks that were given different calls or batches would wait for each other: digests are compared first, of the call over all
-    ranks, and of the micro-batches over those of a replica."""
+    """Ranks that were given different calls or batches would wait for each other, so that digests are compared first.
+
+    Args:
+        given: the micro-batches of all that this rank was given.
+        shared: all ranks were to be given the same; otherwise those of a replica were.
+    """
 
     def __init__(
-        self, context: Context, layout: Layout, kind: str, training: bool, microbatches: Sequence[MicroBatch]
+        self, context: Context, layout: Layout, kind: str, training: bool, given: Sequence[MicroBatch], *, shared: bool
     ) -> None:
-        self._context, self._replica, self._microbatches = context, layout.replica, microbatches
+        self._context, self._given, self._group = context, given, 0 if shared else layout.replica
         self._call = "train in evaluation mode" if kind == "train" and not training else kind
         self._work: Any = None
         if context.control is not None:
             call = zlib.crc32(self._call.encode())
-            batch = zlib.crc32("|".join(m.signature for m in microbatches).encode())
-            self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest and negated smallest digest
+            batch = zlib.crc32("|".join(m.signature for m in given).encode())
+            self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest digest, and smallest negated
             self._bounds[0] = torch.tensor([call, -call])
-            self._bounds[1 + layout.replica] = torch.tensor([batch, -batch])
+            self._bounds[1 + self._group] = torch.tensor([batch, -batch])
             self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)
 
     def finish(self) -> None:
@@ -52,14 +56,15 @@ class CallComparison:
         if work is None:
             return
         work.wait()
-        if torch.equal(self._bounds[:, 0], -self._bounds[:, 1]):
+        compared = self._bounds[self._bounds[:, 0] != NOTHING]
+        if torch.equal(compared[:, 0], -compared[:, 1]):
             return
         mine = (
             self._call,
-            [m.num_samples for m in self._microbatches],
-            self._microbatches[0].signature if self._microbatches else "",
+            [m.num_samples for m in self._given],
+            self._given[0].signature if self._given else "",
         )
-        told = self._context.gather((self._replica, mine))
+        told = self._context.gather((self._group, mine))
         rank, other = _first_difference(told)
         raise EngineError(
             f"rank {other} calls {told[other][1]}, rank {rank} calls {told[rank][1]}",
@@ -69,10 +74,10 @@ class CallComparison:
 
 
 def _first_difference(told: Sequence[tuple[int, tuple[str, list[int], str]]]) -> tuple[int, int]:
-    """The first rank that makes another call than rank 0, or has other micro-batches than the first of its replica; and that one."""
+    """The first rank that makes another call than rank 0, or was given other micro-batches than the first of its group; and that one."""
     first_of: dict[int, int] = {}
-    for rank, (replica, call) in enumerate(told):
-        first = first_of.setdefault(replica, rank)
+    for rank, (group, call) in enumerate(told):
+        first = first_of.setdefault(group, rank)
         if call[0] != told[0][1][0]:
             return rank, 0
         if call != told[first][1]:

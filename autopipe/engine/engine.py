@@ -52,9 +52,9 @@ class Engine(IteratorFront):
         self._saver = Saver(context)
         self._resume: Reader | None = None
         self.steps = 0
-        shape = shape_of(config, context.world_size)
+        self._told = shape_of(config, context.world_size)
         if not left_to_search(config, context.world_size):
-            self._lay_out(shape, num_microbatches_of(config, shape.num_stages))
+            self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
@@ -317,21 +317,20 @@ class Engine(IteratorFront):
         self._load_resumed()
 
     def _planned(self, batch: Batch, for_output: bool) -> tuple[Captured, MicroBatch, Plan]:
-        """The captured graph, the micro-batch that it is of, and its plan; the layout where that was left to the planner."""
+        """The captured graph, the micro-batch that it is of, and its plan; lays the ranks out where that was left to the planner."""
         config, context = self._config, self._context
 
         def capture(microbatch: MicroBatch) -> Captured:
             return capture_first(self._model, microbatch, config, context, self._flags, for_output=for_output)
 
         if self._laid is None and not for_output:
-            captured, microbatch, plan = search_plan(batch, config, context, capture)
-            self._lay_out(shape_of_plan(plan, config, context.world_size), plan.num_microbatches)
-            return captured, microbatch, plan
+            found = search_plan(batch, config, context, capture)
+            self._lay_out(shape_of_plan(found[2], config, context.world_size), found[2].num_microbatches)
+            return found
         if self._laid is None:  # a prediction has no step to make short
-            shape = shape_of(config, context.world_size)
-            self._lay_out(shape, num_microbatches_of(config, shape.num_stages))
-        microbatch = self._split_batch(batch)[0]
-        return plan_layout(microbatch, config, context, self._layout, self._num_microbatches, capture)
+            self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
+        first = self._split_batch(batch)[0]
+        return plan_layout(first, config, context, self._layout, self._num_microbatches, capture)
 
     def _ready(self) -> Runner:
         assert self._runner is not None

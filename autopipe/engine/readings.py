@@ -30,7 +30,7 @@ class Readings:
     def __init__(self, config: PipelineConfig, context: Context) -> None:
         self._config, self._context = config, context
         self._laid: Layout | None = None
-        self._most_microbatches = 0
+        self._num_microbatches = 0
         self._transport = Transport(context)
         self._measured = Measurements()
         self._plan: Plan | None = None
@@ -39,23 +39,14 @@ class Readings:
 
     def _lay_out(self, shape: Shape, num_microbatches: int) -> None:
         """Settles which rank runs what, and makes the process groups. Collective."""
-        self._laid, self._most_microbatches = make_layout(self._context, shape), num_microbatches
+        self._laid, self._num_microbatches = make_layout(self._context, shape), num_microbatches
         self.watcher.stage = self._laid.stages[0]
 
     @property
     def _layout(self) -> Layout:
         if self._laid is None:
-            raise EngineError(
-                "stages and replicas before the first batch, from which the planner chooses them",
-                expected="a model that is planned",
-                remedy="pass example_args to autopipe.pipeline(), call train_batch() first, or give num_stages",
-            )
+            raise _not_laid_out()
         return self._laid
-
-    @property
-    def _num_microbatches(self) -> int:
-        assert self._layout
-        return self._most_microbatches
 
     @watched
     def report(self, format: str = "table") -> str:
@@ -124,6 +115,8 @@ class Readings:
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of a replica, in a batch that has samples enough."""
+        if self._laid is None:
+            raise _not_laid_out()
         return self._num_microbatches
 
     @property
@@ -161,3 +154,11 @@ class Readings:
                 expected="a model that is planned",
                 remedy="pass example_args to autopipe.pipeline(), or call train_batch() first",
             )
+
+
+def _not_laid_out() -> EngineError:
+    return EngineError(
+        "stages, replicas or micro-batches before the first batch, from which the planner chooses them",
+        expected="a model that is planned",
+        remedy="pass example_args to autopipe.pipeline(), call train_batch() first, or give num_stages",
+    )

@@ -176,7 +176,9 @@ class Runner:
         Raises:
             EngineError: a rank has failed.
         """
-        comparison = CallComparison(self._context, self._layout, kind, training, share.microbatches)
+        comparison = CallComparison(
+            self._context, self._layout, kind, training, share.given, shared=self._config.shard_batch
+        )
         keys = self._keys(kind, training, share.microbatches)
         if self._layout.data_parallel > 1 or any(key not in self._programs for key in keys):
             self._finish(comparison)

@@ -52,6 +52,7 @@ def search_plan(
     Raises:
         CaptureError, ProfileError, PartitionError: as planning a given number of stages.
     """
+    context.require_equal(split(*batch, 1)[0].signature, "a first batch", "give every rank the same batch")
     cluster = _cluster(config, context)
     size, with_target = batch_size(*batch), config.loss_fn is not None
     seen: list[tuple[Captured, MicroBatch, Profile]] = []

@@ -21,12 +21,14 @@ class Share:
         microbatches, weights: its micro-batches, and their shares in the mean loss of the whole batch.
         first: the place of the first of them among all replicas' micro-batches.
         total: the weight of the whole batch: its samples, or what `loss_weight` says.
+        given: the micro-batches of all that this rank was given: of the whole batch, or of its replica's own.
     """
 
     microbatches: Sequence[MicroBatch]
     weights: Sequence[float]
     first: int
     total: float
+    given: Sequence[MicroBatch]
 
 
 def share_of(
@@ -55,7 +57,9 @@ def share_of(
             transport.all_reduce(sums)
             sums /= layout.num_ranks
         total, first = float(sums), layout.replica * most
-        return Share(microbatches=microbatches, weights=normalised(raw, total), first=first, total=total)
+        weights = normalised(raw, total)
+        return Share(microbatches=microbatches, weights=weights, first=first, total=total, given=microbatches)
     shares, count = normalised(raw, sum(raw)), len(microbatches)
     begin, end = (count * (layout.replica + i) // layout.data_parallel for i in (0, 1))
-    return Share(microbatches=microbatches[begin:end], weights=shares[begin:end], first=begin, total=sum(raw))
+    mine, weights = microbatches[begin:end], shares[begin:end]
+    return Share(microbatches=mine, weights=weights, first=begin, total=sum(raw), given=microbatches)

@@ -60,8 +60,10 @@ class Checkpointed(nn.Module):
 
 
 def _errors(engine: Any, plain: nn.Module) -> float:
+    """The largest error on this rank; none where the cut, which follows what was measured, leaves it no parameters."""
     expected = {n: p.grad for n, p in plain.named_parameters()}
-    return max(relative_error(p.grad, expected[n]) for n, p in engine.named_parameters() if p.grad is not None)
+    errors = [relative_error(p.grad, expected[n]) for n, p in engine.named_parameters() if p.grad is not None]
+    return max(errors, default=0.0)
 
 
 def clipping() -> dict[str, Any]:
@@ -231,7 +233,7 @@ def test_a_batch_of_uneven_padding_gives_the_whole_batchs_gradient(ranks: list[d
         loss, gradient = result["weighted"]
         assert loss <= 1e-6
         assert gradient <= 1e-5
-        assert result["by samples"][1] > 0.1
+    assert max(r["padding"]["by samples"][1] for r in ranks) > 0.1
 
 
 def test_training_on_one_rank_and_evaluation_on_the_other_is_an_error(ranks: list[dict[str, Any]]) -> None:

@@ -27,7 +27,15 @@ def _engine(on_meta: bool, **options: Any) -> tuple[Any, Any, Any]:
         with torch.device("meta"):
             model = type(model)()
     engine = autopipe.pipeline(
-        model, args, example_target=target, loss_fn=loss_fn, optimizer=SGD, num_microbatches=4, seed=5, **options
+        model,
+        args,
+        example_target=target,
+        loss_fn=loss_fn,
+        optimizer=SGD,
+        num_microbatches=4,
+        seed=5,
+        data_parallel=1,
+        **options,
     )
     return engine, args, target
 
@@ -57,7 +65,8 @@ def test_a_model_on_meta_starts_from_pretrained_weights(source: str, tmp_path: P
         torch.save(plain.state_dict(), tmp_path / "model.pt")
         weights = str(tmp_path / "model.pt")
     for on_meta in (True, False) if source == "torch" else (True,):
-        for state, later, held in run_ranks(_train, 3, on_meta, {"weights": weights}):
+        options = {"weights": weights, "split_points": ["blocks.1", "blocks.3"]}
+        for state, later, held in run_ranks(_train, 3, on_meta, options):
             assert all((state[n] == t).all() for n, t in whole.items())
             assert later == pytest.approx(losses, rel=1e-5)
             assert 0 < len(held) < len(whole)
