@@ -23,17 +23,24 @@ PRECISIONS = ("fp32", "bf16", "bf16-params", "fp16")
 class PipelineConfig:
     """The settings of a pipeline. `"auto"` leaves the choice to autopipe.
 
+    On several processes, where `num_stages` and one of `data_parallel` and `num_microbatches` are `auto`, the planner searches
+    stages x replicas x micro-batches x schedule x recompute x ZeRO for the shortest step of the first batch on these processes that
+    fits into their memory, and what is given of these stays as it is. Split points, a plan, or `shard_batch=False` leave no such choice.
+
     Attributes:
         loss_fn: `loss_fn(output, target) -> scalar`; None: the model returns its loss.
         optimizer: `params -> Optimizer`; a function whose first argument is called `named_parameters` gets (name, parameter)
             pairs of this rank, for parameter groups by name. None: the engine only leaves gradients.
         lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
-        num_stages: number of stages; `auto`: one for each process of a replica. A multiple of it puts several on each process.
-        num_microbatches: number of micro-batches in a batch; `auto`: four for each stage, as far as the batch has samples.
+        num_stages: number of stages; `auto`, where nothing is searched: one for each process of a replica. A multiple of it puts
+            several on each process.
+        num_microbatches: number of micro-batches in a replica's share of the batch; `auto`, where nothing is searched: four for each
+            stage, as far as the batch has samples.
         schedule: `1f1b`, `eager-1f1b` (hides transfers, holds more activations), `gpipe`, `interleaved` (with several stages a
             process), or `zb-h1`; `auto`: interleaved with several stages a process, otherwise the fastest of the others by the
             simulator.
-        data_parallel: replicas of the pipeline; `auto`: as many as the processes allow for `num_stages`, 1 where that is `auto`.
+        data_parallel: replicas of the pipeline; `auto`, where nothing is searched: as many as the processes allow for `num_stages`,
+            1 where that is `auto`.
         zero_stage: 1 shards the optimizer state over the replicas; `auto`: where the memory limit demands it, or the plan says so.
         shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of
             its own, as with `engine.sampler(dataset)`.
@@ -48,7 +55,8 @@ class PipelineConfig:
         self_check: replay one micro-batch through model and graph and compare.
         recompute: `auto`: activations are computed again as far as the memory limit demands, the cheapest first; `none`: never;
             `full`: every stage as a whole.
-        memory_limit: bytes that a stage may hold; None: the device's memory on CUDA, no limit on a CPU.
+        memory_limit: bytes that a stage may hold; None: the device's memory on CUDA; on a CPU no limit, and in a search the
+            process's share of the host's memory.
         split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
         constraints: modules that stay together on a stage, or stand alone, first or last; an `autopipe.Constraints`.
         plan: a plan to use, or the path of one.

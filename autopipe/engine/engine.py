@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,18 +320,16 @@ class Engine(IteratorFront):
     def _planned(self, batch: Batch, for_output: bool) -> tuple[Captured, MicroBatch, Plan]:
         """The captured graph, the micro-batch that it is of, and its plan; lays the ranks out where that was left to the planner."""
         config, context = self._config, self._context
-
-        def capture(microbatch: MicroBatch) -> Captured:
-            return capture_first(self._model, microbatch, config, context, self._flags, for_output=for_output)
-
+        capture = partial(
+            capture_first, self._model, config=config, context=context, flags=self._flags, for_output=for_output
+        )
         if self._laid is None and not for_output:
             found = search_plan(batch, config, context, capture)
             self._lay_out(shape_of_plan(found[2], config, context.world_size), found[2].num_microbatches)
             return found
         if self._laid is None:  # a prediction has no step to make short
             self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
-        first = self._split_batch(batch)[0]
-        return plan_layout(first, config, context, self._layout, self._num_microbatches, capture)
+        return plan_layout(self._split_batch(batch)[0], config, context, self._layout, self._num_microbatches, capture)
 
     def _ready(self) -> Runner:
         assert self._runner is not None
