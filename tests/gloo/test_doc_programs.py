@@ -63,6 +63,7 @@ def _run(where: str, code: str, folder: str) -> None:
         "adamw": adamw,
         "batch": x,
         "ids": x,
+        "labels": labels,
         "loader": [(x, labels)] * 3,
         "validation_loader": [(x, labels)],
         "graph_module": linear,
