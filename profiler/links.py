@@ -28,6 +28,19 @@ _LOG = logging.getLogger("autopipe.profiler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How messages go between the two ranks, where they do not go over the process group.
+
+    Attributes:
+        name: what it is called; measurements over different ways are kept apart.
+        start: starts sending (true) or receiving a tensor, and gives what waits for it.
+    """
+
+    name: str
+    start: Callable[[torch.Tensor, bool], Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkMeasurement:
     """What was measured between two ranks.
 
@@ -64,7 +77,11 @@ def fit_line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, fl
 
 
 def measure_link(
-    group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None, cache: bool = True
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+    cache: bool = True,
+    way: Way | None = None,
 ) -> LinkProfile:
     """Measures the link between the first two ranks of a group. Collective: every rank of the group calls it.
 
@@ -72,6 +89,7 @@ def measure_link(
         group: the process group; the default one where it is None. It must be used by nothing else meanwhile.
         device: where messages are; the current CUDA device under NCCL, else the CPU.
         cache: use what was measured before between these hosts and devices, and keep what is measured now.
+        way: how messages go, on the first two ranks; over the group where it is None. On other ranks its name counts alone.
 
     Returns:
         The link, the same on every rank.
@@ -81,11 +99,11 @@ def measure_link(
     """
     members = _members(group)
     where = _device(group, device)
-    identity = _identity(group, where, members)
+    identity = _identity(group, where, members, "process group" if way is None else way.name)
     found = [_read(identity) if cache and dist.get_rank() == members[0] else None]
     dist.broadcast_object_list(found, members[0], group=group, device=where)
     if found[0] is None:
-        measured = measure_sizes(group, device=where)
+        measured = measure_sizes(group, device=where, way=way)
         found = [measured.profile() if measured is not None else None]
         dist.broadcast_object_list(found, members[0], group=group, device=where)
         if cache and dist.get_rank() == members[0]:
@@ -95,7 +113,7 @@ def measure_link(
 
 
 def measure_sizes(
-    group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None
+    group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None, way: Way | None = None
 ) -> LinkMeasurement | None:
     """As `measure_link`, size by size and never from the cache; None on ranks beyond the first two.
 
@@ -106,7 +124,7 @@ def measure_sizes(
     if dist.get_rank() not in members[:2]:
         return None
     try:
-        pair = _Pair(group, members, where)
+        pair = _Pair(group, members, where, way)
         idle = tuple(pair.idle_us(size) for size in SIZES)
         busy = [pair.busy_us(size, time_us) for size, time_us in zip(SIZES, idle, strict=True)]
     except RuntimeError as cause:
@@ -122,8 +140,11 @@ def measure_sizes(
 class _Pair:
     """The two ends of a link; both run the same calls."""
 
-    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, members: Sequence[int], device: torch.device, way: Way | None
+    ) -> None:
         self._group, self._device = group, device
+        self._start = self._over_group if way is None else way.start
         self._first = dist.get_rank() == members[0]
         self._peer = members[1] if self._first else members[0]
         self._square = torch.full((192, 192), 1e-3, device=device)
@@ -136,7 +157,7 @@ class _Pair:
 
         def round_trip() -> None:
             for is_sender in (self._first, not self._first):
-                self._start(message, is_sender).wait()
+                self._start(message, is_sender)()
 
         return self._median(round_trip) / 2
 
@@ -147,17 +168,19 @@ class _Pair:
         compute_us = self._median(lambda: self._compute(count))
 
         def both() -> None:
-            work = self._start(message, self._first)
+            wait = self._start(message, self._first)
             self._compute(count)
-            work.wait()
+            wait()
 
         added_us = max(0.0, self._median(both) - compute_us)
         hidden = (idle_us - added_us) / min(idle_us, compute_us)
         return added_us, min(1.0, max(0.0, hidden))
 
-    def _start(self, message: torch.Tensor, is_sender: bool) -> Any:
+    def _over_group(self, message: torch.Tensor, is_sender: bool) -> Callable[[], object]:
         operation = dist.isend if is_sender else dist.irecv
-        return operation(message, self._peer, group=self._group)
+        work = operation(message, self._peer, group=self._group)
+        assert work is not None
+        return work.wait
 
     def _compute(self, count: int) -> None:
         square = self._square
@@ -178,14 +201,14 @@ class _Pair:
     def _meet(self) -> None:
         """Both ends begin together: the first waits for an answer to a message of one byte."""
         for is_sender in (self._first, not self._first):
-            self._start(self._buffer[:1], is_sender).wait()
+            self._start(self._buffer[:1], is_sender)()
         self._finish()
 
     def _larger(self, mine: float) -> float:
         here = torch.tensor([mine], dtype=torch.float64, device=self._device)
         there = torch.zeros_like(here)
         for is_sender in (self._first, not self._first):
-            self._start(here if is_sender else there, is_sender).wait()
+            self._start(here if is_sender else there, is_sender)()
         return max(mine, float(there.item()))
 
     def _finish(self) -> None:
@@ -220,7 +243,9 @@ def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) 
     return torch.device("cpu")
 
 
-def _identity(group: dist.ProcessGroup | None, device: torch.device, members: Sequence[int]) -> dict[str, Any]:
+def _identity(
+    group: dist.ProcessGroup | None, device: torch.device, members: Sequence[int], way: str
+) -> dict[str, Any]:
     """What a measurement holds for: backend, torch, and host and device of the two ends."""
     ends: list[Any] = [None] * len(members)
     name = device_name(device)
@@ -228,6 +253,7 @@ def _identity(group: dist.ProcessGroup | None, device: torch.device, members: Se
     return {
         "schema": "autopipe.link/1",
         "backend": dist.get_backend(group),
+        "way": way,
         "torch": torch.__version__,
         "ends": [list(end) for end in ends[:2]],
     }

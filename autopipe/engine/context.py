@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from autopipe.engine.lane import Alarm
 from autopipe.engine.preemption import Preemption
 from autopipe.engine.watcher import Watcher
 from autopipe.engine.watching import start_watching, wake
@@ -30,6 +31,7 @@ class Context:
         watcher: tells the other ranks of failures here, and raises theirs.
         groups: the process groups that the engine has made.
         preemption: whether this process was asked to end.
+        alarm: ends what waits for messages of ranks of this host.
     """
 
     rank: int
@@ -40,6 +42,7 @@ class Context:
     watcher: Watcher = field(default_factory=Watcher)
     groups: list[Any] = field(default_factory=list)
     preemption: Preemption = field(default_factory=Preemption)
+    alarm: Alarm = field(default_factory=Alarm)
 
     def new_group(self, ranks: Sequence[int] | None = None, **options: Any) -> Any:
         """A process group, whose connections end with a failure of the run. Collective over all ranks."""
@@ -112,6 +115,7 @@ class Context:
     def close(self) -> None:
         """Says goodbye to the other ranks, then destroys the process groups that the engine has made; peers that wait in them get an error."""
         self.watcher.close()
+        self.alarm.close()
         groups, self.groups, self.control = self.groups, [], None
         if dist.is_initialized():
             for group in groups:
@@ -119,6 +123,11 @@ class Context:
                     dist.destroy_process_group(group)
             if self.owns_world:
                 dist.destroy_process_group()
+
+    def interrupt(self) -> None:
+        """What waits for other ranks ends with an error, from any thread."""
+        self.alarm.ring()
+        wake(self.groups, self.rank)
 
 
 def _portable(error: Exception | None, rank: int) -> Exception | None:
@@ -158,7 +167,7 @@ def make_context(device: torch.device | str | None) -> Context:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, watcher=Watcher(rank))
     context.control = context.new_group(backend="gloo")
-    start_watching(context.watcher, world_size, context.gather, lambda: wake(context.groups, rank))
+    start_watching(context.watcher, world_size, context.gather, context.interrupt)
     return context
 
 

@@ -16,6 +16,7 @@ from autopipe.capture import Captured
 from autopipe.config import PipelineConfig
 from autopipe.engine.batch import MicroBatch, check_device
 from autopipe.engine.context import Context
+from autopipe.engine.lanes import close_lanes, open_lanes, way_over
 from autopipe.engine.layout import Layout
 from autopipe.engine.programs import capture_output, capture_program, mode_of
 from autopipe.errors import PartitionError
@@ -178,7 +179,11 @@ def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
     """The link between the first two ranks, measured; None where a replica has only one. Collective."""
     if layout.num_ranks == 1:
         return None
-    return context.agree(lambda: profiler.measure_link(device=context.device))
+    lanes = open_lanes([(0, 1), (1, 0)], context) if context.device.type == "cpu" else {}
+    try:
+        return context.agree(lambda: profiler.measure_link(device=context.device, way=way_over(lanes)))
+    finally:
+        close_lanes(lanes)
 
 
 def memory_limit(config: PipelineConfig, context: Context) -> int | None:

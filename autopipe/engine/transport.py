@@ -1,7 +1,7 @@
 """Moves tensors between stages: one two-rank group for each directed edge, order as the only matching, sends that do not block.
 
-The rules are those that NCCL needs; gloo, which would allow more, is held to the same. The numbers are those of the rules in
-docs/architecture.md.
+The rules are those that NCCL needs; gloo and the lanes of one host, which would allow more, are held to the same. The numbers are
+those of the rules in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.context import Context
+from autopipe.engine.lane import Inbox, Outbox
+from autopipe.engine.lanes import Lanes, close_lanes, open_lanes
 
 Flow = tuple[int, int]
 """A directed edge between ranks: (from, to). Activations and gradients of one pair go over two flows (rule 3)."""
@@ -67,11 +69,18 @@ class Transport:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._groups: dict[Flow, Any] = {}
+        self._lanes: Lanes = {}
         self._streams: dict[Flow, torch.cuda.Stream] = {}
 
     def open(self, flows: Sequence[Flow]) -> None:
-        """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6)."""
-        new = sorted(set(flows) - self._groups.keys())
+        """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6).
+
+        On CPUs, ranks of one host have a lane instead, unless AUTOPIPE_SHARED_MEMORY=0.
+        """
+        new = sorted(set(flows) - self._groups.keys() - self._lanes.keys())
+        if new and self._context.device.type == "cpu":
+            self._lanes |= open_lanes(new, self._context)
+            new = [flow for flow in new if flow not in self._lanes]
         for flow in new:
             self._groups[flow] = self._context.new_group(flow)
         for flow in new:
@@ -92,12 +101,20 @@ class Transport:
     def send(self, flow: Flow, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Handle:
         """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
         flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
+        lane = self._lanes.get(flow)
+        if isinstance(lane, Outbox):
+            if flat:
+                lane.send(flat)
+            return Handle([], [])
         return Handle(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
         """Starts receiving into new tensors."""
         tensors = [self._new(s) for s in specs]
         dense = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
+        lane = self._lanes.get(flow)
+        if isinstance(lane, Inbox):
+            return Handle([lane.expect(dense)] if dense else [], tensors)
         return Handle(self._issue("recv", flow, dense), tensors)
 
     def _new(self, spec: TensorSpec) -> Tensor:
@@ -146,8 +163,10 @@ class Transport:
         return self._context.new_group(ranks, timeout=timedelta(minutes=30))
 
     def close(self) -> None:
-        """Forgets the groups, which the context destroys."""
+        """Forgets the groups, which the context destroys, and closes the lanes."""
         self._groups.clear()
+        close_lanes(self._lanes)
+        self._lanes.clear()
 
 
 def _as_it_lies(tensor: Tensor, spec: TensorSpec) -> Tensor:

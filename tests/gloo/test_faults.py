@@ -14,18 +14,22 @@ from tests.gloo.launch import run_ranks
 
 
 @pytest.mark.parametrize(
-    ("world", "rank", "phase", "how"),
+    ("world", "rank", "phase", "how", "shared_memory"),
     [
-        (3, 2, "backward", "raise"),
-        (2, 1, "between steps", "raise"),
-        (4, 2, "data", "raise"),
-        (2, 0, "optimizer", "kill"),
-        (3, 0, "forward", "stop"),
-        (2, 1, "loss", "slow"),
-        (2, 1, "forward", "hold the lock"),
+        (3, 2, "backward", "raise", True),
+        (2, 1, "between steps", "raise", False),
+        (4, 2, "data", "raise", True),
+        (2, 0, "optimizer", "kill", False),
+        (3, 1, "forward", "kill", True),
+        (3, 0, "forward", "stop", True),
+        (2, 1, "loss", "slow", False),
+        (2, 1, "forward", "hold the lock", True),
     ],
 )
-def test_the_right_rank_is_named_in_time(world: int, rank: int, phase: str, how: str) -> None:
+def test_the_right_rank_is_named_in_time(
+    monkeypatch: pytest.MonkeyPatch, world: int, rank: int, phase: str, how: str, shared_memory: bool
+) -> None:
+    monkeypatch.setenv("AUTOPIPE_SHARED_MEMORY", str(int(shared_memory)))
     outcome = run({"world": world, "rank": rank, "phase": phase, "how": how})
     assert not outcome.wrong, outcome.wrong
     assert outcome.orphans == 0

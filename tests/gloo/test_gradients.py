@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -111,6 +112,17 @@ def test_every_schedule_gives_the_same_gradients(num_ranks: int) -> None:
         for result in results:
             assert max(result["loss"], result["gradient"], result["buffer"]) <= TOLERANCE, result
             assert result["twice"], result
+
+
+def _over_sockets(cases: list[tuple[str, str]], counts: list[int]) -> list[dict[str, Any]]:
+    os.environ["AUTOPIPE_SHARED_MEMORY"] = "0"
+    return _some_counts(cases, counts)
+
+
+def test_sockets_give_the_same_gradients() -> None:
+    for results in run_ranks(_over_sockets, 3, [("unet", "1f1b"), ("encoder_decoder", "eager-1f1b")], [7]):
+        for result in results:
+            assert max(result["loss"], result["gradient"], result["buffer"]) <= TOLERANCE, result
 
 
 def _uneven_then_other_lengths(schedules: list[str]) -> list[tuple[str, float]]:

@@ -1,11 +1,13 @@
-"""Tensors of every kind arrive as they were sent, matched by order alone, over a group for each direction."""
+"""Tensors of every kind arrive as they were sent, matched by order alone, over a lane or a group for each direction."""
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,7 +47,8 @@ def samples() -> dict[str, Tensor]:
     }
 
 
-def _exchange() -> dict[str, Any]:
+def _exchange(shared_memory: str) -> dict[str, Any]:
+    os.environ["AUTOPIPE_SHARED_MEMORY"] = shared_memory
     context = make_context("cpu")
     transport = Transport(context)
     transport.open([(0, 1), (1, 0)])
@@ -74,8 +77,9 @@ def _plain(tensor: Tensor, name: str) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if "float8" in name else tensor
 
 
-def test_every_kind_of_tensor_arrives_as_it_was_sent() -> None:
-    for found in run_ranks(_exchange, 2):
+@pytest.mark.parametrize("shared_memory", ["1", "0"])
+def test_every_kind_of_tensor_arrives_as_it_was_sent(shared_memory: str) -> None:
+    for found in run_ranks(_exchange, 2, shared_memory):
         assert found.pop("together")
         for name, (same, same_dtype, stride, requires_grad) in found.items():
             assert same and same_dtype and not requires_grad, name
@@ -84,8 +88,9 @@ def test_every_kind_of_tensor_arrives_as_it_was_sent() -> None:
                 assert stride == tensor.stride(), "a dense tensor lies in memory as it did"
 
 
-def _in_order(num_messages: int) -> bool:
+def _in_order(shared_memory: str, num_messages: int) -> bool:
     """Both directions at once, with delays: no tag tells messages apart, only their order does."""
+    os.environ["AUTOPIPE_SHARED_MEMORY"] = shared_memory
     context = make_context("cpu")
     transport = Transport(context)
     transport.open([(1, 0)])
@@ -109,5 +114,6 @@ def _in_order(num_messages: int) -> bool:
     return right and done
 
 
-def test_order_is_the_only_matching() -> None:
-    assert run_ranks(_in_order, 2, 30) == [True, True]
+@pytest.mark.parametrize("shared_memory", ["1", "0"])
+def test_order_is_the_only_matching(shared_memory: str) -> None:
+    assert run_ranks(_in_order, 2, shared_memory, 30) == [True, True]
