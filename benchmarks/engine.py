@@ -1,13 +1,13 @@
 """The engine beside its peers: the same layers, split and data under autopipe, torch's Schedule1F1B and DeepSpeed's pipeline engine.
 
-    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,torch,deepspeed] [-o FILE]
+    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,eager,torch,deepspeed] [-o FILE]
 
 compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time.
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
 
-One thread a process, gloo. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, backward, optimizer),
+One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, backward, optimizer),
 measured in the same rounds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
 """
 
@@ -46,6 +46,7 @@ SIZES = (
     ("mlp 20", "mlp", 256, (128,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
+OURS = ("autopipe", "eager")
 KINDS = {"mlp": Residual, "gpt": Transformer, "scale": Scale}
 
 
@@ -70,8 +71,9 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
         for n in peers:
             low, _, high = statistics.quantiles(times[n], n=4)
             row |= {f"{n} ms": medians[n], f"{n} quartiles": f"{1e3 * low:.1f} to {1e3 * high:.1f}"}
-        row["over ideal"] = medians["autopipe"] / ideal_ms
-        row |= {f"of {n}": medians["autopipe"] / medians[n] for n in peers if n != "autopipe"}
+        for ours in (n for n in peers if n in OURS):
+            row[f"{ours} over ideal"] = medians[ours] / ideal_ms
+            row |= {f"{ours} of {n}": medians[ours] / medians[n] for n in peers if n not in OURS}
         if kind == "mlp":  # peers draw other random numbers
             losses = [ranks[-1]["losses"][n] for n in peers]
             assert all(torch.allclose(torch.tensor(x), torch.tensor(losses[0]), rtol=1e-5) for x in losses), losses
@@ -81,6 +83,8 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    """Under 1F1B alone: eager 1F1B holds more where there are more stages, not more micro-batches."""
+    peers = tuple(n for n in peers if n != "eager")
     peaks: dict[tuple[str, int], list[float]] = {}
     for n in peers:
         for count in (8, 64):
@@ -94,7 +98,7 @@ def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
     rows = []
     for num_ranks in (4, 8):
         measured = on_ranks(sleeping_schedules, num_ranks, num_rounds)
-        others = on_ranks(sleeping_peers, num_ranks, tuple(n for n in peers if n != "autopipe"), num_rounds)
+        others = on_ranks(sleeping_peers, num_ranks, tuple(n for n in peers if n not in OURS), num_rounds)
         for name in measured[0]:
             took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in measured), strict=True)])
             expected = 1e3 * simulated_s(name, num_ranks)
@@ -132,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them where none is named")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--peers", default="autopipe,torch,deepspeed")
+    parser.add_argument("--peers", default="autopipe,eager,torch,deepspeed")
     parser.add_argument("-o", "--output", type=Path, default=Path("engine.json"))
     options = parser.parse_args()
     peers = tuple(options.peers.split(","))

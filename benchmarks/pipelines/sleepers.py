@@ -13,7 +13,7 @@ from benchmarks.pipelines.peers import PEERS, autopipe_step
 from benchmarks.pipelines.rounds import timed_rounds
 
 NAP_S, NUM_MICROBATCHES = 0.01, 8
-STAGES_A_RANK = {"1f1b": 1, "zb-h1": 1, "interleaved": 2}
+STAGES_A_RANK = {"1f1b": 1, "eager-1f1b": 1, "zb-h1": 1, "interleaved": 2}
 
 
 def simulated_s(schedule: str, num_ranks: int) -> float:
