@@ -37,14 +37,14 @@ from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.engine.batch import MicroBatch, split
 from autopipe.engine.clock import StepClock
 from autopipe.engine.context import make_context
-from autopipe.engine.planning import profiled
+from autopipe.engine.planning import measured_link, profiled
 from autopipe.engine.programs import capture_program
 from autopipe.partition.assemble import Certificate, Run, assemble
 from autopipe.partition.request import checked_memory
 from autopipe.plan import Plan
 from autopipe.verify.processes import run_processes
 from benchmarks.families import CASES, Case, make
-from profiler import Profile, measure_link
+from profiler import Profile
 from profiler.memory import peak_memory
 
 SHARES = (0.2, 0.4, 0.5, 0.6, 0.8)
@@ -84,7 +84,7 @@ def predicted(name: str, path: Path) -> list[tuple[Key, Plan]]:
     start = time.perf_counter()
     profile = profiled(captured, microbatch.tensors(case.loss_fn is not None), context, PipelineConfig())
     profile_s = time.perf_counter() - start
-    graph = build_cost_graph(profile, measure_link())
+    graph = build_cost_graph(profile, measured_link(context))
     plans = [((share, count), plan_of(profile, graph, share, count)) for count in COUNTS for share in SHARES]
     if dist.get_rank() == 0:
         cases = [
@@ -115,7 +115,7 @@ def trained(name: str, key: Key, plan: Plan, num_tries: int, cpu_time: bool) -> 
     """What a few steps of a plan take on this rank: time of a step, of a whole call, and the most bytes held in one."""
     case = make(name, key[1])
     if cpu_time:
-        StepClock._now = lambda self: time.thread_time_ns()  # type: ignore[method-assign]
+        StepClock.now = lambda self: time.thread_time_ns()  # type: ignore[method-assign]
     engine = autopipe.pipeline(
         case.model, optimizer=functools.partial(torch.optim.AdamW, lr=1e-4), loss_fn=case.loss_fn, plan=plan, device="cpu",
         self_check=False, seed=1,

@@ -149,7 +149,7 @@ class _Pair:
         self._peer = members[1] if self._first else members[0]
         self._square = torch.full((192, 192), 1e-3, device=device)
         self._buffer = torch.zeros(max(SIZES), dtype=torch.uint8, device=device)
-        self._compute_us = self._median(lambda: self._compute(16)) / 16
+        self._compute_us = self._usual(lambda: self._compute(16)) / 16
 
     def idle_us(self, size: int) -> float:
         """Half of a round trip."""
@@ -159,20 +159,20 @@ class _Pair:
             for is_sender in (self._first, not self._first):
                 self._start(message, is_sender)()
 
-        return self._median(round_trip) / 2
+        return self._usual(round_trip) / 2
 
     def busy_us(self, size: int, idle_us: float) -> tuple[float, float]:
         """What a transfer adds to about as much compute, and the share of it that was hidden (0 to 1)."""
         message = self._buffer[:size]
         count = max(1, round(idle_us / self._compute_us))
-        compute_us = self._median(lambda: self._compute(count))
+        compute_us = self._usual(lambda: self._compute(count))
 
         def both() -> None:
             wait = self._start(message, self._first)
             self._compute(count)
             wait()
 
-        added_us = max(0.0, self._median(both) - compute_us)
+        added_us = max(0.0, self._usual(both) - compute_us)
         hidden = (idle_us - added_us) / min(idle_us, compute_us)
         return added_us, min(1.0, max(0.0, hidden))
 
@@ -187,8 +187,8 @@ class _Pair:
         for _ in range(count):
             square = square @ self._square
 
-    def _median(self, run: Callable[[], None]) -> float:
-        """Median time, in microseconds, of the slower of the two ends."""
+    def _usual(self, run: Callable[[], None]) -> float:
+        """The lower quartile of the time, in microseconds, of the slower of the two ends: what else runs on a machine only adds."""
         times = []
         for _ in range(NUM_WARMUP + NUM_REPEATS):
             self._meet()
@@ -196,7 +196,7 @@ class _Pair:
             run()
             self._finish()
             times.append((time.perf_counter_ns() - start) / 1e3)
-        return self._larger(statistics.median(times[NUM_WARMUP:]))
+        return self._larger(statistics.quantiles(times[NUM_WARMUP:], n=4)[0])
 
     def _meet(self) -> None:
         """Both ends begin together: the first waits for an answer to a message of one byte."""

@@ -96,7 +96,7 @@ def make_plan(
             where="num_stages",
             remedy=f"launch at most {len(captured.nodes)} processes",
         )
-    link = _measured_link(context, layout)
+    link = measured_link(context) if layout.num_ranks > 1 else None
     profile = profiled(captured, microbatch.tensors(config.loss_fn is not None), context, config)
 
     def cut(zero_stage: int) -> Plan:
@@ -175,10 +175,8 @@ def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, co
     return context.gather(context.agree(measured))[0] if together else context.once(measured)
 
 
-def _measured_link(context: Context, layout: Layout) -> LinkProfile | None:
-    """The link between the first two ranks, measured; None where a replica has only one. Collective."""
-    if layout.num_ranks == 1:
-        return None
+def measured_link(context: Context) -> LinkProfile:
+    """The link between the first two ranks, over which the engine would send. Collective."""
     lanes = open_lanes([(0, 1), (1, 0)], context) if context.device.type == "cpu" else {}
     try:
         return context.agree(lambda: profiler.measure_link(device=context.device, way=way_over(lanes)))
