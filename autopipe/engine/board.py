@@ -192,7 +192,8 @@ class Board(threading.Thread):
         self._tell({"beat": asdict(here.place)} if here is not None and here.place is not None else {})
 
     def _tell(self, message: Message) -> None:
-        for member in self._members.values():
+        """To rank 0 last: what it hears may end its process, and this board with it."""
+        for member in sorted(self._members.values(), key=lambda m: m.rank == 0):
             if not member.left:
                 member.wire.send(message)
 
