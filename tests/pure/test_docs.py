@@ -49,6 +49,11 @@ def test_relative_links_resolve(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", PAGES[0].read_text()))
+    assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
+
+
 def commands() -> Iterator[str]:
     """The commands of the pages, in blocks and in the text; not those that are cut short."""
     for page in PAGES:
