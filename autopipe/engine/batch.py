@@ -157,6 +157,8 @@ def normalised(raw: list[float], total: float) -> list[float]:
 
 def check_device(microbatch: MicroBatch, device: torch.device) -> None:
     """Raises a ConfigError where a tensor of the batch lies on another kind of device than the engine."""
+    if all(not isinstance(leaf, Tensor) or leaf.device.type == device.type for leaf in microbatch.leaves):
+        return
     given = (("args", microbatch.args), ("kwargs", microbatch.kwargs), ("target", microbatch.target))
     for name, value in given:
         for leaf in pytree.tree_leaves(value):
