@@ -14,25 +14,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
 from autopipe.cost import CostGraph, IntArray, stage_costs
-from autopipe.partition.baselines import equal_time
 from autopipe.partition.bottleneck import Problem, Solution
 from autopipe.partition.effort import Effort
 from autopipe.partition.memory import run_costs
 from autopipe.partition.orders import by_priority
 
-PROPOSALS_A_NODE = 660
-HOT, COLD = 0.02, 0.001
-"""Temperature at the start and at the end, as shares of the mean work of a stage."""
-FIRST_WEIGHT, LAST_WEIGHT = 0.5, 0.05
-"""a at the start and at the end."""
 COOLED_EVERY = 256
-PROPOSAL_S, STAGE_S = 2.3e-6, 2e-7
-"""Seconds that a proposal takes on two loads, and that the largest load takes for each stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cooling:
+    """How long and from where to where: temperatures as shares of the mean work of a stage, and a, at the start and at the end.
+
+    `proposal_s` and `stage_s`: seconds that a proposal takes by itself, and for each stage that the peak is taken over.
+    """
+
+    proposals_a_node: int
+    hot: float
+    cold: float
+    first_weight: float
+    last_weight: float
+    proposal_s: float
+    stage_s: float
+
+
+FROM_ANYWHERE = Cooling(
+    proposals_a_node=660, hot=0.02, cold=0.001, first_weight=0.5, last_weight=0.05, proposal_s=2.3e-6, stage_s=2e-7
+)
+"""For the largest load, from stages of equal time."""
+FROM_BEST = Cooling(
+    proposals_a_node=66, hot=0.02, cold=0.0005, first_weight=0.2, last_weight=0.02, proposal_s=2.9e-6, stage_s=1.3e-6
+)
+"""For the step, from a split with a small load."""
 Peak = Callable[[list[float]], float]
 
 
@@ -42,21 +61,39 @@ def can_anneal(problem: Problem) -> bool:
     return not (problem.memory.chooses(graph) or problem.rules.any or graph.devices is not None)
 
 
-def annealed(problem: Problem, random: Random, effort: Effort, peak: Peak = max, stage_s: float = STAGE_S) -> Solution:
-    """The split with the least peak that one cooling passes through, from stages of equal time.
-
-    Args:
-        peak: of the loads of the stages; it takes `stage_s` seconds for each.
-    """
+def annealed(
+    problem: Problem, start: IntArray, cooling: Cooling, peak: Peak, random: Random, effort: Effort
+) -> Solution:
+    """The split with the least peak that one cooling passes through, from an assignment; `peak` is of the loads of the stages."""
     graph, K = problem.graph, problem.num_stages
-    each_s = PROPOSAL_S + stage_s * K
-    proposals = int(min(PROPOSALS_A_NODE * graph.num_nodes, max(effort.left_s, 0.0) / each_s))
+    each_s = cooling.proposal_s + cooling.stage_s * K
+    proposals = int(min(cooling.proposals_a_node * graph.num_nodes, max(effort.left_s, 0.0) / each_s))
     effort.spend(seconds=each_s * proposals, cells=200 * graph.num_nodes)
-    stage_of = _Walk(graph, equal_time(graph, K), K).cool(peak, proposals, random)
+    stage_of = _Walk(graph, start, K).cool(cooling, peak, proposals, random)
     load = float(run_costs(graph, problem.memory, stage_of, K).load_us.max())
     key = (stage_of * 1e7 + np.arange(graph.num_nodes)).tolist()
     order = np.array(by_priority(graph.successors, graph.predecessors, key), np.int64)
     return Solution(load_us=load, stage_of=stage_of, order=order)
+
+
+def step_peak(problem: Problem) -> Peak:
+    """H / M of loads, for stages in a line that all have the same share of forward: a step takes about M times that."""
+    graph, K, M = problem.graph, problem.num_stages, problem.memory.num_microbatches
+    share = float(graph.forward_us.sum()) / max(float(graph.work_us.sum()), 1e-30)
+
+    def peak(load: list[float]) -> float:
+        before, after, longest = 0.0, sum(load), 0.0
+        for q, t in enumerate(load):
+            after -= t
+            f = share * t
+            path = max(M * t, f + after + M * (t - f), M * f + after + t - f)
+            if K - q < M:
+                path = max(path, (M - K + q + 1) * t + 2 * after)
+            longest = max(longest, before + path)
+            before += t
+        return longest / M
+
+    return peak
 
 
 class _Walk:
@@ -88,16 +125,16 @@ class _Walk:
         for v in range(n):
             self._offer(v)
 
-    def cool(self, peak: Peak, proposals: int, random: Random) -> IntArray:
+    def cool(self, cooling: Cooling, peak: Peak, proposals: int, random: Random) -> IntArray:
         """The assignment with the least peak on the way from hot to cold."""
         mean, draw, load, moves = sum(self.work) / self.K, random.random, self.load, self.moves
         best, found = peak(load), list(self.stage)
-        hot, weight, energy = HOT * mean, 0.0, 0.0
+        hot = weight = energy = 0.0
         for i in range(proposals):
             if i % COOLED_EVERY == 0:
                 done = i / proposals
-                hot = mean * HOT * (COLD / HOT) ** done
-                weight = FIRST_WEIGHT * (LAST_WEIGHT / FIRST_WEIGHT) ** done / self.K
+                hot = mean * cooling.hot * (cooling.cold / cooling.hot) ** done
+                weight = cooling.first_weight * (cooling.last_weight / cooling.first_weight) ** done / self.K
                 energy = peak(load) + weight * sum(load)
             if not moves:
                 break

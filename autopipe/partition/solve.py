@@ -10,7 +10,8 @@ from random import Random
 import numpy as np
 
 from autopipe.cost import IntArray
-from autopipe.partition.annealing import annealed, can_anneal
+from autopipe.partition.annealing import FROM_ANYWHERE, annealed, can_anneal
+from autopipe.partition.baselines import equal_time
 from autopipe.partition.bottleneck import (
     CLOSE_ENOUGH,
     Problem,
@@ -30,6 +31,8 @@ from autopipe.partition.infeasible import least_peak_split, too_little_memory
 from autopipe.partition.lattice import Refined, refine
 from autopipe.partition.reduce import reduced
 
+ROUNDS = 60
+"""Starts of the search at most."""
 SMALL = 24
 """Nodes up to which the graph is searched as it is: reduction saves nothing, and may hide a stage of idle nodes."""
 
@@ -57,7 +60,7 @@ def reduce_problem(problem: Problem) -> Reduced:
     return Reduced(problem=problem, index=np.arange(n))
 
 
-def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> tuple[list[Solution], Refined]:
+def least_load(small: Reduced, random: Random, effort: Effort) -> tuple[list[Solution], Refined]:
     """The best split of each standard order, and the best split found with the bound that was proved.
 
     Raises:
@@ -73,28 +76,29 @@ def least_load(small: Reduced, random: Random, effort: Effort, rounds: int) -> t
     bound = fluid_bound_us(problem.graph, problem.num_stages, bound, best.load_us, effort)
     goal = bound * (1 + CLOSE_ENOUGH)
     found = _proved_further(small, Refined(solution=best, bound_us=bound), random, effort, 0.35, goal)
-    if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent and rounds:
-        best = _searched_further(problem, [found.solution, *starts[1:]], random, effort, rounds, goal)
+    if found.bound_us < found.solution.load_us * (1 - CLOSE_ENOUGH) and not effort.spent:
+        best = _searched_further(problem, [found.solution, *starts[1:]], random, effort, goal)
         found = _proved_further(small, Refined(solution=best, bound_us=found.bound_us), random, effort, 1.0, goal)
     return starts, _with_least_traffic(problem, found, effort)
 
 
 def _searched_further(
-    problem: Problem, starts: list[Solution], random: Random, effort: Effort, rounds: int, goal: float
+    problem: Problem, starts: list[Solution], random: Random, effort: Effort, goal: float
 ) -> Solution:
     """From the best start, then in turn from annealed ones, the others given, and random ones."""
     part = effort.share(0.8)
     budget = part.left_s
     others = chain(starts[1:], random_starts(problem, 2 * starts[0].load_us, random, part))
     fresh = _alternating(_annealed_starts(problem, random, part), others) if can_anneal(problem) else others
-    best = search(problem, chain(starts[:1], fresh), random, part, rounds, goal)
+    best = search(problem, chain(starts[:1], fresh), random, part, ROUNDS, goal)
     effort.spend(seconds=budget - part.left_s)
     return best
 
 
 def _annealed_starts(problem: Problem, random: Random, effort: Effort) -> Iterator[Solution]:
+    start = equal_time(problem.graph, problem.num_stages)
     while not effort.spent:
-        yield annealed(problem, random, effort)
+        yield annealed(problem, start, FROM_ANYWHERE, max, random, effort)
 
 
 def _alternating(one: Iterator[Solution], other: Iterator[Solution]) -> Iterator[Solution]:

@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 
 from autopipe.cost import IntArray, stage_costs
+from autopipe.partition.annealing import FROM_BEST, annealed, can_anneal, step_peak
 from autopipe.partition.bottleneck import Problem, Solution, kick
 from autopipe.partition.chain import least_traffic, stage_blocks
 from autopipe.partition.effort import Effort
@@ -84,11 +85,19 @@ def shortest_step(
     if of_all is not None:
         least, better = of_all
         return (unique[0].stage_of if better is None else better), least
-    found = list(unique)
+    part = effort.share(0.4)
+    budget, found = part.left_s, list(unique)
     for start in unique:
-        if effort.spent:
+        if part.spent:
             break
-        found += _neighbours(problem, clock, start, effort)
+        found += _neighbours(problem, clock, start, part)
+    effort.spend(seconds=budget - part.left_s)
+    if can_anneal(problem):
+        best_so_far = min(found, key=lambda s: clock.step_us(s.stage_of)).stage_of
+        part = effort.share(0.7)
+        budget = part.left_s
+        found.append(annealed(problem, best_so_far, FROM_BEST, step_peak(problem), random, part))
+        effort.spend(seconds=budget - part.left_s)
     found.sort(key=lambda s: clock.step_us(s.stage_of))
     best = found[0].stage_of
     for solution in _distinct(found)[:STARTS_MOVED]:

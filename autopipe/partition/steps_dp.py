@@ -34,7 +34,7 @@ def least_step_cuts(
     least, before = np.zeros(1), np.zeros(1)
     arrows: list[IntArray] = []
     for k, block in enumerate(blocks):
-        effort.spend(cells=6 * block.load_us.size)
+        effort.spend(cells=2 * block.load_us.size)
         hop = _hop_us(costs, block) if k else np.zeros_like(block.load_us)
         reached = before[:, None] + hop
         speed = float(costs.graph.speed(num_stages)[k])
