@@ -6,7 +6,6 @@ and so do their steps (`tests/pure/test_partition_brute_force.py` holds both aga
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,12 +183,9 @@ def played(K: int, M: int) -> Iterator[tuple[str, int, int]]:
                 yield kind, k, m
 
 
-def brute_force(count: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, Any]]:
-    """A row for each graph, with and without a cap: what the planner reaches over the best of all assignments.
-
-    With `parts` only every so-manieth graph is tried, from number `part` on.
-    """
-    for profile_seed, profile, K, M, link, every in itertools.islice(cases(count), part, None, parts):
+def brute_force(count: int) -> Iterator[dict[str, Any]]:
+    """A row for each graph, with and without a cap: what the planner reaches over the best of all assignments."""
+    for seed, profile, K, M, link, every in cases(count):
         load, peak = costs(profile, every, K, M, link)
         step = steps_us(profile, every, K, M, link)
         for cap in (np.inf, float(np.quantile(peak, CAP_QUANTILE))):
@@ -206,11 +202,9 @@ def brute_force(count: int, part: int = 0, parts: int = 1) -> Iterator[dict[str,
                 least = partition(profile, objective="bottleneck", **common)
                 plan = partition(profile, objective="step", **common)
             except PartitionError as error:
-                raise AssertionError(
-                    f"graph {profile_seed}: {best_load} us fits into {cap} bytes, but {error}"
-                ) from None
+                raise AssertionError(f"graph {seed}: {best_load} us fits into {cap} bytes, but {error}") from None
             yield {
-                "graph": profile_seed,
+                "graph": seed,
                 "nodes": len(profile.nodes),
                 "stages": K,
                 "micro-batches": M,

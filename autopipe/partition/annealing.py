@@ -69,7 +69,7 @@ def annealed(
     each_s = cooling.proposal_s + cooling.stage_s * K
     proposals = int(min(cooling.proposals_a_node * graph.num_nodes, max(effort.left_s, 0.0) / each_s))
     effort.spend(seconds=each_s * proposals, cells=200 * graph.num_nodes)
-    stage_of = _Walk(graph, start, K).cool(cooling, peak, proposals, random)
+    stage_of = Walk(graph, start, K).cool(cooling, peak, proposals, random)
     load = float(run_costs(graph, problem.memory, stage_of, K).load_us.max())
     key = (stage_of * 1e7 + np.arange(graph.num_nodes)).tolist()
     order = np.array(by_priority(graph.successors, graph.predecessors, key), np.int64)
@@ -96,7 +96,7 @@ def step_peak(problem: Problem) -> Peak:
     return peak
 
 
-class _Walk:
+class Walk:
     """An assignment, the loads of its stages without latencies, and the moves that keep it monotone."""
 
     def __init__(self, graph: CostGraph, stage_of: IntArray, num_stages: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 
 import numpy as np
 import pytest
@@ -62,8 +61,8 @@ def test_the_bottleneck_is_the_least_of_all_assignments(capped: bool) -> None:
     assert tried > NUM_GRAPHS // 4
 
 
-def test_the_step_is_close_to_the_shortest_of_all_assignments() -> None:
-    ratios = []
+def test_the_step_is_the_shortest_of_all_assignments() -> None:
+    tried = 0
     for seed in range(5000, 5000 + NUM_GRAPHS // 5):
         profile, K, M, link = case(seed)
         every = every_assignment(profile, K)
@@ -72,7 +71,7 @@ def test_the_step_is_close_to_the_shortest_of_all_assignments() -> None:
         best = min(step_us(profile, stage, K, M, link) for stage in every)
         plan = partition(profile, num_stages=K, num_microbatches=M, link=link)
         assert plan.lower_bound_us <= best * (1 + 1e-9), seed
-        assert plan.step_us >= best * (1 - 1e-9), seed
-        ratios.append(plan.step_us / best)
-    assert statistics.mean(ratios) <= 1.005
-    assert max(ratios) <= 1.03
+        assert plan.step_us == pytest.approx(best, rel=1e-9), seed
+        assert plan.proved, seed
+        tried += 1
+    assert tried > NUM_GRAPHS // 10
