@@ -23,7 +23,7 @@ from autopipe.partition.infeasible import check_fits
 from autopipe.partition.memory import run_costs
 from autopipe.partition.recompute import with_recompute
 from autopipe.partition.solve import least_load, reduce_problem
-from autopipe.partition.step import shortest_step
+from autopipe.partition.step import Clock, shortest_step
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import RECOMPUTE, Plan
 from profiler.records import LinkProfile, Profile
@@ -210,7 +210,12 @@ def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[In
     found, least = shortest_step(
         small.problem, [best.solution, *starts, *slower, *_usual(small.problem)], random, further
     )
-    return found[small.index], best.bound_us, 0.0 if small.merged else least
+    if not small.merged:
+        return found, best.bound_us, least
+    # A reduced graph cannot give a stage to nodes without work, and a pipeline that is one stage shorter may be faster.
+    clock = Clock(problem, further)
+    whole = [found[small.index], *(start.stage_of for start in _usual(problem))]
+    return min(whole, key=clock.step_us), best.bound_us, 0.0
 
 
 def _with_dearer_transfers(problem: Problem) -> list[Problem]:

@@ -10,6 +10,7 @@ import pytest
 from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph, stage_costs
+from autopipe.partition import partition
 from autopipe.partition.bottleneck import Problem, first_splits
 from autopipe.partition.bounds import load_bound_us
 from autopipe.partition.downsets import Lattice
@@ -19,7 +20,7 @@ from autopipe.partition.lattice import refine
 from autopipe.partition.memory import MemoryModel
 from autopipe.partition.reduce import reduced
 from autopipe.partition.timing import ranked_step_us, simulated_step_us
-from profiler.records import LinkProfile, Profile
+from profiler.records import LinkProfile, NodeProfile, Profile
 
 
 def idle_profile(seed: int, num_nodes: int) -> Profile:
@@ -138,3 +139,22 @@ def test_the_bound_of_a_line_with_little_beside_it_is_never_above_the_optimum() 
             assert mean <= bound <= optimum * (1 + 1e-9), seed
             better += bound > mean * 1.001
     assert better > 30
+
+
+def test_a_stage_of_nodes_without_work_may_make_a_step_shorter() -> None:
+    """Reduction hides such stages; the usual splits of the whole graph have them, and no plan is slower than these.
+
+    Twelve layers and a head as heavy as three of them: the labels alone are a stage that shortens the pipeline by one message.
+    """
+    nodes = [(f"n{i}", 1.0 if i % 2 else 0.0, (f"n{i - 1}",) if i else ()) for i in range(24)]
+    nodes += [("labels", 0.0, ()), ("head", 3.0, ("n23",)), ("loss", 0.2, ("head", "labels"))]
+    profile = Profile(
+        nodes=tuple(
+            NodeProfile(name=name, inputs=inputs, forward_us=us, backward_us=us, output_bytes=100 if us else 1)
+            for name, us, inputs in nodes
+        )
+    )
+    link = LinkProfile(latency_us=0.3, bytes_per_us=1e3, overlap=1.0)
+    for num_stages in range(3, 9):
+        plan = partition(profile, num_stages=num_stages, link=link)
+        assert plan.step_us <= min(b.step_us for b in plan.baselines) * (1 + 1e-9), num_stages
