@@ -244,7 +244,7 @@ LISTED: dict[str, Listed] = {
         for command, part in {
             "OMP_NUM_THREADS=1 python benchmarks/planner.py --json planner.json": "python benchmarks/planner.py --only large --time-budget-s 1 --json planner.json",
             "python benchmarks/planner.py --only recompute": "python benchmarks/planner.py --only recompute --time-budget-s 1",
-            "python benchmarks/planner.py --brute-force 60": "python benchmarks/planner.py --brute-force 3",
+            "python benchmarks/planner.py --brute-force 500": "python benchmarks/planner.py --brute-force 3",
             "OMP_NUM_THREADS=1 python benchmarks/search.py --memory-gib 80 --grid": "python benchmarks/search.py --memory-gib 80 --devices 4 --layers 4",
             "python benchmarks/prediction.py -o prediction.json --only gpt,llama": "python benchmarks/prediction.py -o prediction.json --only lopsided --tries 1",
             "python benchmarks/prediction.py -o memory.json --tries 1": "python benchmarks/prediction.py -o memory.json --only lopsided --tries 1",
@@ -270,7 +270,6 @@ LISTED: dict[str, Listed] = {
         why="an environment with torchvision and timm", needs="timm"
     ),
     "python -m pytest tests/gloo tests/single": Listed(why="`.ci/run` runs it"),
-    "python -m pytest tests/pure/test_partition_exact.py": Listed(why="`.ci/run` runs it"),
 }
 
 
