@@ -1,7 +1,7 @@
 """What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
 
-On a CPU both are collectives that run beside the computes: the comparison is waited for before the first transfer, and the loss
-is summed from the last forward on.
+On a CPU both run beside the computes: the comparison is waited for before the first transfer, and the loss is summed from the last
+forward on. Where lanes join the ranks of the only replica, each compares with its neighbours alone, and otherwise all together.
 """
 
 from __future__ import annotations
@@ -17,31 +17,104 @@ from torch import Tensor
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
+from autopipe.engine.transport import TensorSpec, Transport
 from autopipe.errors import EngineError
 
+_SAID_BYTES = 1024
+_SAID = TensorSpec(shape=(_SAID_BYTES,), dtype=torch.uint8, stride=(1,))
 NOTHING = -(2**62)
 """Below every digest."""
 
 
-class CallComparison:
-    """Ranks that were given different calls or batches would wait for each other, so that digests are compared first.
+def compare_calls(
+    context: Context,
+    layout: Layout,
+    transport: Transport,
+    kind: str,
+    training: bool,
+    given: Sequence[MicroBatch],
+    *,
+    shared: bool,
+) -> CallComparison | NeighbourComparison:
+    """Starts comparing a call with the other ranks: ranks that were given different calls or batches would wait for each other.
 
     Args:
         given: the micro-batches of all that this rank was given.
         shared: all ranks were to be given the same; otherwise those of a replica were.
     """
+    call = "train in evaluation mode" if kind == "train" and not training else kind
+    neighbours = transport.neighbours(layout.shape.ranks) if layout.data_parallel == 1 else None
+    if neighbours:
+        return NeighbourComparison(context, transport, neighbours, call, given)
+    return CallComparison(context, layout, call, given, shared=shared)
+
+
+def _described(call: str, given: Sequence[MicroBatch]) -> tuple[str, list[int], str]:
+    return call, [m.num_samples for m in given], given[0].signature if given else ""
+
+
+def _different(rank: int, call: object, other: int, its: object) -> EngineError:
+    return EngineError(
+        f"rank {rank} calls {call}, rank {other} calls {its}",
+        expected="the same call with a batch of the same shape on every rank",
+        remedy="give every rank the same batch; seed the sampler of the data loader equally",
+    )
+
+
+class NeighbourComparison:
+    """The ranks that this one exchanges tensors with say what they call; where one differs, its neighbours tell all ranks."""
 
     def __init__(
-        self, context: Context, layout: Layout, kind: str, training: bool, given: Sequence[MicroBatch], *, shared: bool
+        self,
+        context: Context,
+        transport: Transport,
+        neighbours: Sequence[int],
+        call: str,
+        given: Sequence[MicroBatch],
+    ) -> None:
+        self._context, self._mine = context, str(_described(call, given))
+        digest = zlib.crc32("|".join([call, *(m.signature for m in given)]).encode())
+        said = digest.to_bytes(8, "little") + self._mine.encode()[: _SAID_BYTES - 8]
+        self._said = torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
+        for rank in neighbours:
+            transport.send((context.rank, rank), [self._said], [_SAID])
+        self._heard = {rank: transport.recv((rank, context.rank), [_SAID]) for rank in neighbours}
+
+    def finish(self) -> None:
+        """Waits for the answers of the neighbours; the second time it does nothing.
+
+        Raises:
+            EngineError: one makes another call; every rank is told.
+            RuntimeError: the connection is lost.
+        """
+        heard, self._heard = self._heard, {}
+        for rank, handle in heard.items():
+            (said,) = handle.join()
+            if torch.equal(said[:8], self._said[:8]):
+                continue
+            its = said[8:].numpy().tobytes().decode(errors="replace").rstrip()
+            first, second = sorted([(rank, its), (self._context.rank, self._mine)])
+            raise self._context.watcher.fail(_different(*first, *second))
+
+
+class CallComparison:
+    """Digests compared over all ranks.
+
+    Args:
+        call, given, shared: as in `compare_calls`.
+    """
+
+    def __init__(
+        self, context: Context, layout: Layout, call: str, given: Sequence[MicroBatch], *, shared: bool
     ) -> None:
         self._context, self._given, self._group = context, given, 0 if shared else layout.replica
-        self._call = "train in evaluation mode" if kind == "train" and not training else kind
+        self._call = call
         self._work: Any = None
         if context.control is not None:
-            call = zlib.crc32(self._call.encode())
+            kind = zlib.crc32(self._call.encode())
             batch = zlib.crc32("|".join(m.signature for m in given).encode())
             self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest digest, and smallest negated
-            self._bounds[0] = torch.tensor([call, -call])
+            self._bounds[0] = torch.tensor([kind, -kind])
             self._bounds[1 + self._group] = torch.tensor([batch, -batch])
             self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)
 
@@ -59,18 +132,9 @@ class CallComparison:
         compared = self._bounds[self._bounds[:, 0] != NOTHING]
         if torch.equal(compared[:, 0], -compared[:, 1]):
             return
-        mine = (
-            self._call,
-            [m.num_samples for m in self._given],
-            self._given[0].signature if self._given else "",
-        )
-        told = self._context.gather((self._group, mine))
+        told = self._context.gather((self._group, _described(self._call, self._given)))
         rank, other = _first_difference(told)
-        raise EngineError(
-            f"rank {other} calls {told[other][1]}, rank {rank} calls {told[rank][1]}",
-            expected="the same call with a batch of the same shape on every rank",
-            remedy="give every rank the same batch; seed the sampler of the data loader equally",
-        )
+        raise _different(other, told[other][1], rank, told[rank][1])
 
 
 def _first_difference(told: Sequence[tuple[int, tuple[str, list[int], str]]]) -> tuple[int, int]:

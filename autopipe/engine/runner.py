@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autopipe.capture import Captured
 from autopipe.capture.seeding import RandomSource, generators_kept
 from autopipe.config import PipelineConfig
-from autopipe.engine.agreement import CallComparison, LossSum
+from autopipe.engine.agreement import CallComparison, LossSum, NeighbourComparison, compare_calls
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.clock import StepClock
 from autopipe.engine.context import Context
@@ -33,6 +33,7 @@ from autopipe.simulate import plan_costs
 from autopipe.stages import regions_of
 from profiler.memory import peak_memory
 
+Comparison = CallComparison | NeighbourComparison
 MAX_PROGRAMS = 64
 """Signatures that are kept captured; the one used longest ago is dropped."""
 
@@ -176,8 +177,14 @@ class Runner:
         Raises:
             EngineError: a rank has failed.
         """
-        comparison = CallComparison(
-            self._context, self._layout, kind, training, share.given, shared=self._config.shard_batch
+        comparison = compare_calls(
+            self._context,
+            self._layout,
+            self._transport,
+            kind,
+            training,
+            share.given,
+            shared=self._config.shard_batch,
         )
         keys = self._keys(kind, training, share.microbatches)
         if self._layout.data_parallel > 1 or any(key not in self._programs for key in keys):
@@ -217,7 +224,7 @@ class Runner:
         self._begin_transfers(comparison, step)
         return step, list(runs.values())
 
-    def _begin_transfers(self, comparison: CallComparison, step: Step) -> None:
+    def _begin_transfers(self, comparison: Comparison, step: Step) -> None:
         """The ranks are known to make the same call; nothing new where it has been said before."""
         self._finish(comparison)
         if step.loss is not None:
@@ -227,7 +234,7 @@ class Runner:
         mine = [p for p in programs if p.loss_stage is not None and self._layout.is_mine(p.loss_stage)]
         return LossSum(self._context, len(mine))
 
-    def _finish(self, comparison: CallComparison) -> None:
+    def _finish(self, comparison: Comparison) -> None:
         with self._context.watcher.waiting("comparing the call with the other ranks"):
             comparison.finish()
 
@@ -238,7 +245,7 @@ class Runner:
         runs: dict[int, StageRun],
         reduce: Any,
         stage_done: Any,
-        comparison: CallComparison,
+        comparison: Comparison,
     ) -> None:
         actions = schedule.actions[self._layout.pipeline_rank]
         grad = contextlib.nullcontext() if step.training else torch.no_grad()

@@ -75,11 +75,12 @@ class Transport:
     def open(self, flows: Sequence[Flow]) -> None:
         """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6).
 
-        On CPUs, ranks of one host have a lane instead, unless AUTOPIPE_SHARED_MEMORY=0.
+        On CPUs, ranks of one host have a lane instead, and one the other way, unless AUTOPIPE_SHARED_MEMORY=0.
         """
         new = sorted(set(flows) - self._groups.keys() - self._lanes.keys())
         if new and self._context.device.type == "cpu":
-            self._lanes |= open_lanes(new, self._context)
+            both = {*new, *((b, a) for a, b in new)} - self._lanes.keys()
+            self._lanes |= open_lanes(sorted(both), self._context)
             new = [flow for flow in new if flow not in self._lanes]
         for flow in new:
             self._groups[flow] = self._context.new_group(flow)
@@ -88,6 +89,15 @@ class Transport:
                 if self._context.device.type == "cuda":
                     self._streams[flow] = torch.cuda.Stream(self._context.device, priority=-1)  # type: ignore[no-untyped-call]
                 self._warm_up(flow)
+
+    def neighbours(self, ranks: Sequence[int]) -> list[int] | None:
+        """The ranks to which this one has lanes, where lanes lead from each of `ranks` to each; None where they do not."""
+        reached, ends = {ranks[0]}, [f for f in self._lanes if f[0] in ranks and f[1] in ranks]
+        while grown := {b for a, b in ends if a in reached} - reached:
+            reached |= grown
+        if reached != set(ranks):
+            return None
+        return sorted(b for a, b in ends if a == self._context.rank)
 
     def _warm_up(self, flow: Flow) -> None:
         spec = TensorSpec(shape=(1,), dtype=torch.uint8, stride=(1,))
