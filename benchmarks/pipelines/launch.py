@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 
-def on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
-    """`function(*args)` on every rank, in new processes; the results by rank."""
+def on_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, environment: dict[str, str] | None = None
+) -> list[Any]:
+    """`function(*args)` on every rank, in new processes with these variables; the results by rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
-    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}  # freed tensors go back to the system
+    os.environ |= {"OMP_NUM_THREADS": "1"} | (environment or {})
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
         context.Process(target=_main, args=(pipes[r][1], function, args, r, num_ranks, port)) for r in range(num_ranks)
