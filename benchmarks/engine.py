@@ -101,16 +101,17 @@ def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
     for num_ranks in (4, 8):
         measured = on_ranks(sleeping_schedules, num_ranks, num_rounds)
         others = on_ranks(sleeping_peers, num_ranks, tuple(n for n in peers if n not in OURS), num_rounds)
+        nap_s = statistics.median(rank.pop("nap")[0] for rank in measured)
         for name in measured[0]:
             took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in measured), strict=True)])
-            expected = 1e3 * simulated_s(name, num_ranks)
+            expected = 1e3 * simulated_s(name, num_ranks, nap_s)
             rows.append(
                 {"processes": num_ranks, "schedule": f"autopipe {name}", "step ms": took, "simulated ms": expected}
                 | {"over simulated": took / expected}
             )
         for name in others[0]:
             took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in others), strict=True)])
-            expected = 1e3 * simulated_s("1f1b", num_ranks)
+            expected = 1e3 * simulated_s("1f1b", num_ranks, nap_s)
             rows.append(
                 {"processes": num_ranks, "schedule": f"{name} 1f1b", "step ms": took, "simulated ms": expected}
                 | {"over simulated": took / expected}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -10,16 +11,16 @@ from autopipe.schedule import Costs, Edge, build_schedule
 from autopipe.simulate import simulate_schedule
 from benchmarks.pipelines.models import Sleeper, mean_square
 from benchmarks.pipelines.peers import PEERS, autopipe_step
-from benchmarks.pipelines.rounds import timed_rounds
+from benchmarks.pipelines.rounds import plain_stage, timed_rounds
 
 NAP_S, NUM_MICROBATCHES = 0.01, 8
 STAGES_A_RANK = {"1f1b": 1, "eager-1f1b": 1, "zb-h1": 1, "interleaved": 2}
 
 
-def simulated_s(schedule: str, num_ranks: int) -> float:
-    """The step of stages of two sleepers, or of one under interleaving."""
+def simulated_s(schedule: str, num_ranks: int, nap_s: float) -> float:
+    """The step of stages of two sleepers, or of one under interleaving, given what a nap takes with the work around it."""
     num_stages = num_ranks * STAGES_A_RANK[schedule]
-    edges, nap_us = [Edge(s, s + 1) for s in range(num_stages - 1)], 1e6 * NAP_S * 2 / STAGES_A_RANK[schedule]
+    edges, nap_us = [Edge(s, s + 1) for s in range(num_stages - 1)], 1e6 * nap_s * 2 / STAGES_A_RANK[schedule]
     costs = Costs(forward_us=(nap_us,) * num_stages, backward_us=(2 * nap_us,) * num_stages)
     actions = build_schedule(schedule, num_stages, NUM_MICROBATCHES, edges, costs=costs, num_ranks=num_ranks)
     return simulate_schedule(actions, costs).makespan_us / 1e6
@@ -40,7 +41,9 @@ def sleeping_schedules(num_rounds: int) -> dict[str, list[float]]:
         )
         for name, several in STAGES_A_RANK.items()
     }
-    return timed_rounds(steps, num_rounds)
+    times = timed_rounds({**steps, "alone": plain_stage(layers[:2], batch, NUM_MICROBATCHES)}, num_rounds)
+    naps = 6 * NUM_MICROBATCHES
+    return {"nap": [statistics.median(times.pop("alone")) / naps], **times}
 
 
 def sleeping_peers(peers: tuple[str, ...], num_rounds: int) -> dict[str, list[float]]:
