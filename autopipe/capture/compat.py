@@ -81,6 +81,11 @@ def storage_key(tensor: Tensor) -> int | None:
         return None
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor stands for another inside of a transform of functions (`torch.vmap`, `torch.func.grad`)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def register_dataclass(cls: type) -> None:
     """Makes a dataclass a pytree node, so that tensors in its fields are seen."""
     if cls not in pytree.SUPPORTED_NODES:

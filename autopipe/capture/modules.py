@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from autopipe.capture.compat import (
     without_torch_function,
 )
 from autopipe.capture.hooks import call_with_hooks
-from autopipe.capture.objects import holds_state, map_tensors
+from autopipe.capture.objects import closed_over, closed_over_others, map_tensors
 from autopipe.capture.opaque import materialise, run_module, what_varies
 from autopipe.capture.places import AttributesRead, MethodModule, method_target
 from autopipe.capture.reading import Varies
@@ -235,18 +235,19 @@ class ModuleCalls:
     def _vmap(
         self, base: Callable[..., Any], function: Callable[..., Any], options: Any, args: Any, kwargs: Any
     ) -> Any:
-        """A function under `torch.vmap` is one node, where it holds no tensors or modules of its own."""
-        if self._recorder.inside or holds_state(function):
+        """A function under `torch.vmap` is one node, to which the tensors that it is closed over are given too."""
+        tensors = None if self._recorder.inside else closed_over(function)
+        if tensors is None:
             return base(function, *options, *args, **kwargs)
 
-        def call_vmap(*args: Any, **kwargs: Any) -> Any:
-            return base(function, *options, *args, **kwargs)
+        def call_vmap(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+            return base(closed_over_others(function, tensors), *options, *args, **kwargs)
 
         def run() -> Any:
             with without_torch_function():
-                return call_vmap(*args, **kwargs)
+                return call_vmap(tensors, *args, **kwargs)
 
-        return self._recorder.record("call_function", call_vmap, args, kwargs, run)
+        return self._recorder.record("call_function", call_vmap, (tensors, *args), kwargs, run)
 
     def _enter_checkpoint(self) -> None:
         if not self._recorder.inside:

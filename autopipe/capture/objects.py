@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
@@ -75,19 +75,58 @@ def make_registered(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def holds_state(function: Callable[..., Any]) -> bool:
-    """Whether a function is closed over tensors or modules, or is no plain function, so that this cannot be told."""
-    if not isinstance(function, types.FunctionType):
-        return True
+def closed_over(function: Callable[..., Any]) -> list[Tensor] | None:
+    """The tensors that a plain function, and those that it calls by closure, are closed over, in order.
+
+    None where it is closed over modules, or over anything whose tensors cannot be exchanged.
+    """
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    try:
+        _with_cells(function, keep, ())
+    except _Fixed:
+        return None
+    return found
+
+
+def closed_over_others(function: Callable[..., Any], tensors: Iterable[Tensor]) -> Callable[..., Any]:
+    """The same function over other tensors, in the order of `closed_over`."""
+    others = iter(tensors)
+    made: Callable[..., Any] = _with_cells(function, lambda _: next(others), ())
+    return made
+
+
+class _Fixed(Exception):
+    """A function whose tensors cannot be exchanged."""
+
+
+def _with_cells(function: Any, exchange: Callable[[Tensor], Tensor], around: tuple[Any, ...]) -> Any:
+    if not isinstance(function, types.FunctionType) or function in around:
+        raise _Fixed
+    if tensors_inside((function.__defaults__, function.__kwdefaults__)):
+        raise _Fixed
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return exchange(value)
+        if isinstance(value, types.FunctionType):
+            return _with_cells(value, exchange, (*around, function)) if value.__closure__ else value
+        if isinstance(value, nn.Module) or tensors_inside(value):
+            raise _Fixed
+        return value
+
+    cells = []
     for cell in function.__closure__ or ():
         try:
-            value = cell.cell_contents
+            cells.append(types.CellType(pytree.tree_map(one, cell.cell_contents)))
         except ValueError:  # a variable that has no value yet
-            continue
-        if (
-            isinstance(value, nn.Module)
-            or tensors_inside(value)
-            or (isinstance(value, types.FunctionType) and holds_state(value))
-        ):
-            return True
-    return False
+            cells.append(cell)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

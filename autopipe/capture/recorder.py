@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from autopipe.capture.compat import without_torch_function
+from autopipe.capture.compat import is_transformed, without_torch_function
 from autopipe.capture.effects import Effects, RandomWatch, hidden_writes, python_random, tensors_in
 from autopipe.capture.guards import (
     Evaluator,
@@ -85,6 +85,8 @@ class Recorder(ValueReads):
             return self.bound[id(tensor)][1]
         name = self._names.get(id(tensor))
         if name is None:
+            if is_transformed(tensor):
+                raise Untraceable("code under torch.vmap or torch.func that reads tensors or modules from around it")
             if isinstance(tensor, FakeTensor):
                 raise Untraceable(f"a tensor of shape {tuple(tensor.shape)} that no recorded operation made")
             name = f"_autopipe_constant_{len(self.constants)}"

@@ -84,6 +84,16 @@ def test_the_random_state_during_capture_is_always_the_same_and_afterwards_as_be
     assert len(set(seen)) == 1
 
 
+def test_a_transform_over_tensors_from_around_it_is_no_constant() -> None:
+    def slope(n: Net, h: Tensor) -> Tensor:
+        scale = h.detach().mean(0)
+        return h + torch.func.grad(lambda t: (t.sin() * scale).sum())(h)
+
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(CaptureError, match=r"code under torch\.vmap or torch\.func"):
+            autopipe.capture(Net(slope), (torch.randn(4, WIDTH),))
+
+
 def test_nothing_of_the_recording_stays_in_the_model() -> None:
     model = net(lambda n, h: n.alias(h) + n.kept["k"], ("other", nn.Linear(WIDTH, WIDTH)))
     model.alias, model.kept, seen = model.first, {"k": torch.ones(WIDTH)}, []  # type: ignore[assignment]

@@ -72,6 +72,32 @@ def _(net: Any, h: Tensor) -> Any:
     return torch.vmap(lambda row: row * row.sum())(h)
 
 
+@case("torch.vmap over a tensor from around it")
+def _(net: Any, h: Tensor) -> Any:
+    scale = h.mean(0)
+    return torch.vmap(lambda row: row * scale)(h)
+
+
+class Slope(nn.Module):
+    """The slope of a function over a tensor from around it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        scale = h.detach().mean(0)
+        return torch.func.grad(lambda t: (t.sin() * scale).sum())(h)
+
+
+@case("torch.func.grad in a submodule", lambda m: m.add_module("slope", Slope()))
+def _(net: Any, h: Tensor) -> Any:
+    return h + net.slope(h)
+
+
+@case("torch.vmap of functions in a tuple, one of them over a tensor")
+def _(net: Any, h: Tensor) -> Any:
+    scale = h.mean(0)
+    functions = (lambda row: row.sin(), lambda row: row * scale)
+    return torch.vmap(lambda row: sum(function(row) for function in functions))(h)
+
+
 @case("torch.cond")
 def _(net: Any, h: Tensor) -> Any:
     return torch.cond(h.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (h,))
