@@ -210,8 +210,7 @@ def _peers(everything: dict[str, Results], peers: dict[str, Results]) -> str:
         lines.append(f"| {kind} | {len(done)} | " + " | ".join(cells) + f" | {', '.join(only) or 'none'} |")
     lines += [
         "",
-        "Of transformers a part of the list, in alphabetical order, with sdpa attention. Where every model of a list is right here, there is none that",
-        "they handle and this does not.",
+        "Where every model of a list is right here, there is none that they handle and this does not.",
     ]
     return "\n".join(lines) if len(lines) > 11 else ""
 
