@@ -42,39 +42,36 @@ def measured_segments(
     Raises:
         ProfileError: a segment fails.
     """
-    if make_up_values:
-        try:
-            return _measured(model, inputs, device, tensors, timer, records, profiles, budget_s, True)
-        except ProfileError:
-            pass
-    return _measured(model, inputs, device, tensors, timer, records, profiles, budget_s, False)
+    segments = choose_segments(model.graph, profiles, budget_s)
+    again = {n.name for n in recomputed_nodes(model.graph)}
+    costs = {p.name: _once(p) if p.name in again else p for p in profiles}
+    segment_timer = SegmentTimer(model, tensors, timer.clock, timer.backward_start_us)
+
+    def measured(made_up: bool) -> list[SegmentProfile]:
+        tensors.reset()
+        values = [place(v, device) for v in inputs]
+        walk = Walk(model, values, device, tensors, timer.measure, records, budget_s, made_up)
+        return _measured(walk, segments, segment_timer, costs)
+
+    try:
+        return measured(make_up_values)
+    except ProfileError:
+        if not make_up_values:
+            raise
+        return measured(False)
 
 
 def _measured(
-    model: fx.GraphModule,
-    inputs: Sequence[Any],
-    device: torch.device,
-    tensors: ModelTensors,
-    timer: NodeTimer,
-    records: Records,
-    profiles: Sequence[NodeProfile],
-    budget_s: float,
-    make_up_values: bool,
+    walk: Walk, segments: Sequence[Segment], segment_timer: SegmentTimer, costs: dict[str, NodeProfile]
 ) -> list[SegmentProfile]:
-    segments = {s.nodes[0]: s for s in choose_segments(model.graph, profiles, budget_s)}
-    again = {n.name for n in recomputed_nodes(model.graph)}
-    costs = {p.name: _once(p) if p.name in again else p for p in profiles}
-    tensors.reset()
-    walk = Walk(
-        model, [place(v, device) for v in inputs], device, tensors, timer.measure, records, budget_s, make_up_values
-    )
-    segment_timer = SegmentTimer(model, tensors, timer.clock, timer.backward_start_us)
+    """Times each segment as the walk comes to its first node."""
+    due = {s.nodes[0]: s for s in segments}
     found: list[SegmentProfile] = []
 
     def arriving(node: fx.Node) -> bool:
-        segment = segments.pop(node, None)
+        segment = due.pop(node, None)
         if segment is None:
-            return bool(segments)
+            return bool(due)
         try:
             values = [walk.real_output(n) for n in segment.inputs if n.op != "get_attr"]
             found.append(_profile(segment, segment_timer.measure_us(segment, values), costs))
@@ -84,7 +81,7 @@ def _measured(
                 where="calibration",
                 remedy="profile with calibrate=False",
             ) from cause
-        return bool(segments)
+        return bool(due)
 
     walk.run(lambda visit: None, arriving)
     return found
