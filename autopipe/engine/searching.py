@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 import profiler
 from autopipe.capture import Captured
@@ -58,7 +59,7 @@ def search_plan(
     seen: list[tuple[Captured, MicroBatch, Profile]] = []
     for wanted in sizes_to_profile(size, context.world_size):
         microbatch = split(*batch, size // wanted)[-1]
-        captured = context.agree(lambda m=microbatch: capture(m))  # type: ignore[misc]
+        captured = context.agree(partial(capture, microbatch))
         seen.append((captured, microbatch, profiled(captured, microbatch.tensors(with_target), context, config)))
     if len({tuple(n.name for n in captured.nodes) for captured, _, _ in seen}) > 1:
         _LOG.info(
