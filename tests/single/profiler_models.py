@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
+
+import profiler
 
 
 class Block(nn.Module):
@@ -111,3 +113,9 @@ def cases() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
         "frozen": (Frozen(), (torch.randn(5, 6, 12), torch.rand(5, 6) > 0.5, torch.randint(0, 5, (7,)))),
         "recurrent": (Recurrent(), (torch.randn(3, 7, 8),)),
     }
+
+
+def quick(model, args, **kwargs):
+    """A profile in half a second, never from the cache."""
+    traced = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    return profiler.profile(traced, args, **{"budget_s": 0.5, "progress": False, "cache": False, **kwargs})
