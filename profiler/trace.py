@@ -64,8 +64,8 @@ class Trace:
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorOutput)]
 
     @property
-    def needs_no_values(self) -> bool:
-        """Whether random numbers may stand for its output: floats may, indices and Python values may not."""
+    def gives_floats(self) -> bool:
+        """Whether its output is floats alone: random numbers may stand for most, not for indices and Python values."""
         return bool(self.outputs) and all(
             leaf is None or (isinstance(leaf, TensorOutput) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex))
             for leaf in self.leaves

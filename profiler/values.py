@@ -21,12 +21,14 @@ class Storage:
         owner: name of the compute node that created it; None for parameters, buffers and model inputs.
         saved: whether it is already counted as held for backward.
         base: the memory itself, where something real was computed or made up.
+        param: the name of the parameter or buffer whose memory it is.
     """
 
     num_bytes: int
     owner: str | None
     saved: bool = False
     base: torch.UntypedStorage | None = None
+    param: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,8 @@ class Value:
         requires_grad: whether it gets a gradient.
         target: the dotted path in the model, for a parameter or buffer.
         real: the tensor.
+        is_exact: floats that were computed from indices, masks and constants alone: they count or place something, and random numbers
+            may not stand for them.
     """
 
     storage: Storage
@@ -49,6 +53,12 @@ class Value:
     requires_grad: bool
     target: str | None = None
     real: Tensor | None = None
+    is_exact: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real or complex numbers."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 def value_of(tensor: Tensor, storage: Storage, target: str | None = None) -> Value:

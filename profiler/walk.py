@@ -133,7 +133,8 @@ class Walk:
         if not isinstance(original, Tensor):
             return original
         name = self._tensors.name_of(target) or target
-        storage = self._storages.setdefault(name, Storage(original.numel() * original.element_size(), None))
+        num_bytes = original.numel() * original.element_size()
+        storage = self._storages.setdefault(name, Storage(num_bytes, None, param=name))
         value = value_of(original, storage, target)
         value.real = self._tensors.get(target) if self._tensors.is_resident(target) else None
         return value
@@ -143,11 +144,15 @@ class Walk:
         call = call_of(node, self._model, self._env, own, self._moved)
         signature = signature_of(call, self._device.type)
         record = self._records.get(signature)
-        if record is None or not (self._make_up_values and record.trace.needs_no_values):
+        is_exact = all(v.is_exact or not v.is_float for v in (*call.values, *call.own.values()))
+        if record is None or is_exact or not (self._make_up_values and record.trace.gives_floats):
             output, trace, record = self._execute(call, signature, record)
         else:
             output, trace, self.made_up = None, record.trace, True
         value, new = output_values(call, trace, output)
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Value):
+                leaf.is_exact = is_exact
         if node in self._recomputed:
             self._charge_inputs(node)
         else:
