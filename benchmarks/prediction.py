@@ -128,6 +128,8 @@ def trained(name: str, key: Key, plan: Plan, num_tries: int, cpu_time: bool) -> 
     held = held_bytes(engine)
     with peak_memory(torch.device("cpu")) as peak:
         step()
+        for parameter in engine.parameters():
+            parameter.grad = None
     tries: list[tuple[float, float, dict[str, float]]] = []
     for _ in range(num_tries):
         dist.barrier()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.profiler import record_function
 
 from profiler.values import storages_of
+
+_SPLIT = "autopipe: the next part"
 
 
 class SavedTensors:
@@ -52,9 +55,26 @@ class SavedTensors:
 
 @dataclass(slots=True)
 class Peak:
-    """The most bytes allocated at once in a block, beyond those allocated at its start."""
+    """What a block allocates.
 
-    num_bytes: int = 0
+    Attributes:
+        parts: for each part of the block (see `split`) the level at its start and the highest in it, in bytes above the start of
+            the block; known when the block is left.
+        split: ends a part and begins the next.
+    """
+
+    parts: list[tuple[int, int]] = field(default_factory=list)
+    split: Callable[[], None] = lambda: None
+
+    @property
+    def num_bytes(self) -> int:
+        """The most bytes allocated at once in the block, beyond those allocated at its start."""
+        return max((top for _, top in self.parts), default=0)
+
+    def within(self, part: int) -> int:
+        """The same of one part, beyond those allocated at the part's start."""
+        start, top = self.parts[part] if self.parts else (0, 0)
+        return top - start
 
 
 @contextmanager
@@ -63,31 +83,46 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
     On CUDA by the caching allocator's counter. On a CPU by the allocator's own events, which hold the workspace inside an
     operator as well as its outputs; memory that oneDNN or MKL takes by themselves is not seen. Elsewhere it stays 0.
+
+    On a CPU, drop what the block has made inside of it: torch keeps the addresses of blocks that outlive it, and a later measurement
+    would count the release of whatever lies there then.
     """
     peak = Peak()
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.num_bytes = max(0, torch.cuda.max_memory_allocated(device) - before)
-    elif device.type == "cpu":
-        events: list[int] = []
-        with _allocations(events):
+        with _counted_on_cuda(device, peak):
             yield peak
-        level = 0
-        for num_bytes in events:
-            level += num_bytes
-            peak.num_bytes = max(peak.num_bytes, level)
+    elif device.type == "cpu":
+        with _counted_on_cpu(peak):
+            yield peak
     else:
         yield peak
 
 
 @contextmanager
-def _allocations(events: list[int]) -> Iterator[None]:
-    """Appends the bytes of every allocation (positive) and release (negative) on the CPU, in order.
+def _counted_on_cuda(device: torch.device, peak: Peak) -> Iterator[None]:
+    before = start = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
 
-    The thread-local profiler is used rather than Kineto: it starts in microseconds and writes nothing to stderr.
-    """
+    def split() -> None:
+        nonlocal start
+        peak.parts.append((start - before, torch.cuda.max_memory_allocated(device) - before))
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    peak.split = split
+    yield
+    split()
+
+
+@contextmanager
+def _counted_on_cpu(peak: Peak) -> Iterator[None]:
+    """By the thread-local profiler rather than Kineto: it starts in microseconds and writes nothing to stderr."""
+
+    def split() -> None:
+        with record_function(_SPLIT):
+            pass
+
+    peak.split = split
     kind = torch.autograd.ProfilerState.CPU
     config = torch.autograd.ProfilerConfig(
         kind, False, True, False, False, False, torch._C._profiler._ExperimentalConfig()
@@ -96,8 +131,16 @@ def _allocations(events: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        for thread in torch.autograd._disable_profiler_legacy():
-            events.extend(e.cpu_memory_usage() for e in thread if str(e.kind()) == "memory_alloc")
+        threads = torch.autograd._disable_profiler_legacy()
+        level = start = top = 0
+        for event in (e for thread in threads for e in thread):
+            if str(event.kind()) == "memory_alloc":
+                level += event.cpu_memory_usage()
+                top = max(top, level)
+            elif str(event.kind()) == "push" and event.name() == _SPLIT:
+                peak.parts.append((start, top))
+                start = top = level
+        peak.parts.append((start, top))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

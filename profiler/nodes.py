@@ -97,16 +97,19 @@ class NodeTimer:
 def _workspace_bytes(trial: Trial, device: torch.device) -> int:
     """The first run: peak of forward and of backward, the gradients that go in and out included."""
     arguments = trial.arguments()
-    with peak_memory(device) as forward:
+    with peak_memory(device) as peak:
         outputs = trial.forward(arguments)
-    trial.make_grads(outputs)
-    kept = sum(trial.trace.new_bytes) + trial.trace.saved_inside_bytes
-    need = max(0, forward.num_bytes - kept)
-    if trial.is_differentiated:
-        with peak_memory(device) as backward:
+        peak.split()
+        trial.make_grads(outputs)
+        peak.split()
+        if trial.is_differentiated:
             trial.backward(outputs)
-        need = max(need, backward.num_bytes + trial.given_bytes)
-    return need
+        given_bytes = trial.given_bytes
+        del arguments, outputs
+        trial.grads.clear()
+    kept = sum(trial.trace.new_bytes) + trial.trace.saved_inside_bytes
+    need = max(0, peak.within(0) - kept)
+    return max(need, peak.within(2) + given_bytes) if trial.is_differentiated else need
 
 
 def _backward_start_us(clock: Clock, device: torch.device) -> float:

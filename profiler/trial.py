@@ -39,7 +39,7 @@ class Trial:
     @property
     def is_differentiated(self) -> bool:
         """Whether there is a backward."""
-        return bool(self.grads) and bool(self.leaves)
+        return bool(self.leaves) and any(o.requires_grad for o in self.trace.outputs)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh copies of what the node writes to: a leaf must not be written to, and its values must not drift."""
@@ -88,6 +88,8 @@ class Trial:
             return forward_us, 0.0
         outputs = _differentiable(tensors_in(result))
         del result
+        if not self.grads:
+            self.make_grads(outputs)
         start = clock.mark()
         self.backward(outputs)
         end = clock.mark()

@@ -61,6 +61,8 @@ def _measure(shares: list[float]) -> list[dict[str, Any]]:
         loss = engine.train_batch(ids, target=ids.roll(-1, 1))
         with peak_memory(torch.device("cpu")) as peak:
             engine.train_batch(ids, target=ids.roll(-1, 1))
+            for parameter in engine.parameters():  # what is measured next would count their release
+                parameter.grad = None
         stage = engine.plan.stages[dist.get_rank()]
         # gradients are made in the step; those let go before are not seen. The plan counts with Adam's state; here is none.
         static = stage.param_bytes + stage.optimizer_bytes

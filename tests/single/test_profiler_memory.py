@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import profiler
+from profiler.memory import peak_memory
 from tests.single.profiler_models import Gpt, cases
 
 CASES = cases()
@@ -152,3 +153,26 @@ def test_nodes_that_capture_marked_as_checkpointed():
     assert (
         again["blocks_1_qkv"].backward_us > plain["blocks_1_qkv"].backward_us * 0.5 + again["blocks_1_qkv"].forward_us
     )
+
+
+def test_a_measurement_does_not_count_the_release_of_what_an_earlier_one_left():
+    """torch remembers the address of a block that outlives a measurement: whatever lies there is what it sees released."""
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(2)], nn.GELU(), nn.BatchNorm1d(64))
+    x = torch.randn(32, 64, requires_grad=True)
+    first = [n.workspace_bytes for n in profile_of(model, (x,)).nodes]
+    for _ in range(5):
+        assert [n.workspace_bytes for n in profile_of(model, (x,)).nodes] == first
+
+
+def test_the_parts_of_a_block_begin_at_their_own_level():
+    with peak_memory(torch.device("cpu")) as peak:
+        a = torch.empty(1000, dtype=torch.uint8)
+        peak.split()
+        b = torch.empty(500, dtype=torch.uint8)
+        del b
+        peak.split()
+        del a
+        c = torch.empty(700, dtype=torch.uint8)
+        del c
+    assert [peak.within(i) for i in range(3)] == [1000, 500, 0]
+    assert peak.num_bytes == 1500
