@@ -34,10 +34,12 @@ class Way:
     Attributes:
         name: what it is called; measurements over different ways are kept apart.
         start: starts sending (true) or receiving a tensor, and gives what waits for it.
+        buffered: as in `LinkProfile`.
     """
 
     name: str
     start: Callable[[torch.Tensor, bool], Callable[[], object]]
+    buffered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,7 @@ def measure_link(
         if cache and dist.get_rank() == members[0]:
             _keep(identity, found[0])
     assert isinstance(found[0], LinkProfile)
-    return found[0]
+    return dataclasses.replace(found[0], buffered=way is not None and way.buffered)
 
 
 def measure_sizes(

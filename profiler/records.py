@@ -36,7 +36,7 @@ class NodeProfile:
         group: nodes that name the same group are never cut apart (views that are written to, buffers that are updated).
         spread: relative half-width of the 95 % confidence interval of forward + backward; 0 where not known.
         keeps: nodes whose outputs its backward keeps, itself included where it keeps its own.
-        views: other nodes into whose memory its output looks; it makes none of its own then.
+        views: other nodes, parameters and buffers into whose memory its output looks; it makes none of its own then.
         inner_bytes: the part of `saved_bytes` that is no output of a node (a dropout mask).
         repeatable: it may be computed again in the backward.
     """
@@ -98,12 +98,15 @@ class LinkProfile:
         bytes_per_us: bandwidth, in bytes a microsecond (1 Gbit/s is 125).
         overlap: the share of a transfer that compute hides, from 0 (none) to 1 (all).
         measured: false for a default that nobody measured.
+        buffered: messages under way lie in memory of their own: the sender may drop a tensor at once, and the receiver makes it when
+            it needs it. Where it is false both ends hold it meanwhile.
     """
 
     latency_us: float
     bytes_per_us: float
     overlap: float = 1.0
     measured: bool = True
+    buffered: bool = False
 
     def transfer_us(self, num_bytes: float) -> float:
         """Time that a message of `num_bytes` takes, in microseconds."""

@@ -17,7 +17,7 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +88,10 @@ class Inbox:
         self._poll.register(self._socket, select.POLLIN)
         self._poll.register(self._alarm.fd, select.POLLIN)
 
-    def expect(self, parts: Sequence[Tensor]) -> Arrival:
-        """The next message that was not expected yet, for contiguous tensors of bytes."""
+    def expect(self, make_parts: Callable[[], Sequence[Tensor]]) -> Arrival:
+        """The next message that was not expected yet, for contiguous tensors of bytes, which are made once it is there."""
         self._expected += 1
-        return Arrival(self, self._expected - 1, parts)
+        return Arrival(self, self._expected - 1, make_parts)
 
     def has(self, number: int) -> bool:
         """Whether a message has come; does not block."""
@@ -100,8 +100,8 @@ class Inbox:
                 return False
         return True
 
-    def fetch(self, number: int, parts: Sequence[Tensor]) -> None:
-        """Waits for a message, and copies it.
+    def fetch(self, number: int, make_parts: Callable[[], Sequence[Tensor]]) -> None:
+        """Waits for a message, and copies it into tensors that it makes then.
 
         Raises:
             RuntimeError: the connection is lost, or the message is not of the size expected.
@@ -110,6 +110,7 @@ class Inbox:
             if not self._hear():
                 self._wait()
         place, size = self._arrived.pop(number)
+        parts = make_parts()
         wanted = sum(_room(p) for p in parts)
         if size != wanted:
             raise RuntimeError(f"a message of {size} bytes where one of {wanted} is due")
@@ -218,13 +219,13 @@ class Arrival:
 
     _inbox: Inbox
     _number: int
-    _parts: Sequence[Tensor]
+    _make_parts: Callable[[], Sequence[Tensor]]
     _done: bool = False
 
     def wait(self) -> None:
         """Blocks until the message is there, and copies it."""
         if not self._done:
-            self._inbox.fetch(self._number, self._parts)
+            self._inbox.fetch(self._number, self._make_parts)
             self._done = True
 
     def is_completed(self) -> bool:

@@ -6,6 +6,7 @@ those of the rules in docs/architecture.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -119,13 +120,19 @@ class Transport:
         return Handle(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
-        """Starts receiving into new tensors."""
-        tensors = [self._new(s) for s in specs]
-        dense = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
-        lane = self._lanes.get(flow)
-        if isinstance(lane, Inbox):
-            return Handle([lane.expect(dense)] if dense else [], tensors)
-        return Handle(self._issue("recv", flow, dense), tensors)
+        """Starts receiving into new tensors; from a lane they are made once the message is there."""
+        lane, handle = self._lanes.get(flow), Handle([], [])
+
+        def room() -> list[Tensor]:
+            handle.tensors = [self._new(s) for s in specs]
+            return [as_bytes(_as_it_lies(t, s)) for t, s in zip(handle.tensors, specs, strict=True) if t.numel()]
+
+        if isinstance(lane, Inbox) and any(math.prod(s.shape) for s in specs):
+            handle.works = [lane.expect(room)]
+        else:  # of a lane, tensors without elements, which do not travel
+            dense = room()
+            handle.works = self._issue("recv", flow, dense) if dense else []
+        return handle
 
     def _new(self, spec: TensorSpec) -> Tensor:
         """An empty dense tensor with the strides of a spec's order."""
