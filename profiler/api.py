@@ -173,13 +173,13 @@ def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:
 
 
 def _memory_of(visit: Visit) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nodes whose outputs the node keeps for backward, and those into whose memory its own output looks."""
+    """The nodes whose outputs the node keeps for backward, and the nodes and parameters into whose memory its own output looks."""
     own, sources = visit.call.node.name, visit.call.sources
     if visit.is_recomputed:  # the region keeps what it is given
         keeps = [storage.owner for storage in sources]
     else:
         keeps = [own if place < 0 else sources[place].owner for place in visit.trace.saved]
-    leaves = (v.storage.owner for v in pytree.tree_leaves(visit.output) if isinstance(v, Value))
+    leaves = (v.storage.owner or v.storage.param for v in pytree.tree_leaves(visit.output) if isinstance(v, Value))
     return _names(keeps), tuple(name for name in _names(leaves) if name != own)
 
 

@@ -59,7 +59,12 @@ def assemble(
         num_stages=K,
         num_microbatches=run.num_microbatches,
         stages=_stages(
-            profile, graph, stage_of, costs, memory, expected_peak_bytes(graph, run.memory, memory, costs, stage_of)
+            profile,
+            graph,
+            stage_of,
+            costs,
+            memory,
+            expected_peak_bytes(profile, graph, run.memory, memory, costs, stage_of),
         ),
         transfers=_transfers(graph, stage_of),
         data_parallel=run.data_parallel,

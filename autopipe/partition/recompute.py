@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, indivisible, sum_by
+from autopipe.partition.storages import Storages
 from profiler.records import Profile
 
 SHARES = 8
@@ -78,26 +79,14 @@ def _turns_up(
     return (b[0] - a[0]) * (c[1] - a[1]) <= (b[1] - a[1]) * (c[0] - a[0])
 
 
-class _Memory:
-    """Who makes, keeps and reads which memory: (N) arrays over the nodes of the profile, and pairs of them."""
+class _Memory(Storages):
+    """The storages of a profile, and which nodes may stand in a region together."""
 
     def __init__(self, profile: Profile) -> None:
-        nodes = profile.nodes
-        index = {node.name: i for i, node in enumerate(nodes)}
-        self.saved = np.array([node.saved_bytes for node in nodes], float)
-        self.inner = np.array([min(node.inner_bytes, node.saved_bytes) for node in nodes], float)
-        self.forward = np.array([node.forward_us for node in nodes])
-        self.repeatable = np.array([node.repeatable for node in nodes], bool)
-        output = np.array([0 if node.views else node.output_bytes for node in nodes], float)
-        owners = [[index[name] for name in node.views] or [i] for i, node in enumerate(nodes)]
-        reads = {(m, i) for i, node in enumerate(nodes) for name in node.inputs for m in owners[index[name]]}
-        keeps = {(index[name], i) for i, node in enumerate(nodes) for name in node.keeps}
-        if not keeps:  # not known: what is kept, every reader and the maker may keep
-            keeps = reads | {(i, i) for i in range(len(nodes))}
-        self.made, self.reader = np.array(sorted(reads), np.int64).reshape(-1, 2).T
-        self.kept, self.keeper = np.array(sorted(keeps), np.int64).reshape(-1, 2).T
-        self.size = np.where(self.saved > self.inner, self.saved - self.inner, output)
-        size = np.maximum(np.maximum(output, self.saved), 1.0)
+        super().__init__(profile)
+        self.forward = np.array([node.forward_us for node in profile.nodes])
+        self.repeatable = np.array([node.repeatable for node in profile.nodes], bool)
+        size = np.maximum(np.maximum(self.output, self.saved), 1.0)
         self.ratio = np.where(self.forward <= NEGLIGIBLE * self.forward.sum(), 0.0, self.forward / size)
         self.total = np.concatenate([[0.0], np.cumsum(self.saved)])
         self.groups = [np.array(members) for members in indivisible(profile) if len(members) > 1]
