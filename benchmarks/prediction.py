@@ -320,7 +320,8 @@ def show(data: dict[str, Any]) -> None:
         }
         for r in everything
     ]
-    print(tabulate(table, headers="keys", floatfmt=".1f"))
+    formats = [".2f" if name in ("rank corr.", "residual") else ".1f" for name in table[0]] if table else ".1f"
+    print(tabulate(table, headers="keys", floatfmt=formats))
 
 
 def main() -> None:
