@@ -7,6 +7,7 @@ adds up the gradients of a value with several readers. A segment shows the sum o
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from profiler.state import preserved_modes, swapped
 from profiler.tensors import ModelTensors
 
 NUM_SEGMENTS, NUM_REPEATS = 4, 8
+MAX_REPEATS, SHORT_S = 40, 0.4
+"""A segment is repeated up to so often while all its repeats together take less than this: what a machine does besides passes in waves."""
 IN_FLIGHT = 2
 """Micro-batches whose activations are held at once, as on a stage: fresh memory is slower than memory that was just released."""
-MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, PARAMETERS_SHARE = 2**30, 2**25, 1 / 16
+MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, PARAMETERS_SHARE = 2**30, 2**27, 1 / 16
 """A segment holds at most this share of the model's parameters, within these bounds, parameters, gradients and activations
 together: models larger than the device work, and a rank that measures holds little beside its stage."""
 
@@ -138,7 +141,10 @@ class SegmentTimer:
         waiting: deque[list[Tensor]] = deque()
         forward, backward = list[float](), list[float]()
         with swapped(module, own):
-            for i in range(NUM_REPEATS + IN_FLIGHT):
+            deadline = time.perf_counter() + SHORT_S
+            for i in range(MAX_REPEATS + IN_FLIGHT):
+                if i >= NUM_REPEATS + IN_FLIGHT and time.perf_counter() > deadline:
+                    break
                 forward_us, outputs = self._forward(module, inputs)
                 waiting.append(outputs)
                 is_warm = i >= IN_FLIGHT
