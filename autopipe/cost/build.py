@@ -106,6 +106,11 @@ def _tensors(
     return tensors
 
 
+def param_names(node: NodeProfile) -> tuple[str, ...]:
+    """The parameters of a node, or a name for all of them where the profile lists none."""
+    return node.params or ((f"parameters of {node.name}",) if node.param_bytes else ())
+
+
 def _parameters(profile: Profile, node_of: IntArray) -> dict[str, tuple[float, bool, set[int]]]:
     """Every parameter and buffer by name: bytes, whether it is trained, and the nodes that read it.
 
@@ -113,7 +118,7 @@ def _parameters(profile: Profile, node_of: IntArray) -> dict[str, tuple[float, b
     """
     found: dict[str, tuple[float, bool, set[int]]] = {}
     for i, node in enumerate(profile.nodes):
-        names = node.params or ((f"parameters of {node.name}",) if node.param_bytes else ())
+        names = param_names(node)
         for name in names:
             known = profile.parameters.get(name)
             num_bytes = node.param_bytes / len(names) if known is None else float(known.bytes)

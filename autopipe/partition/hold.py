@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, FloatArray, IntArray
+from autopipe.cost import CostGraph, FloatArray, IntArray, param_names
 from autopipe.partition.memory import StageMemory
 from autopipe.partition.storages import Storages
 from profiler.records import Profile
@@ -43,16 +43,24 @@ class Values(Storages):
     Attributes:
         workspace: (N) `workspace_bytes` of each node.
         gradient: (N) bytes of the gradient of each node's output; 0 where there is none.
+        hands_on: (N) whether the backward of a node makes nothing: what it hands on is the gradient that it is given.
         source, target: pairs of a node and one that reads its output.
     """
 
     def __init__(self, profile: Profile, graph: CostGraph) -> None:
         super().__init__(profile)
-        self._graph, self._node_of = graph, graph.node_of()
+        self._node_of = graph.node_of()
         nodes = profile.nodes
         index = {node.name: i for i, node in enumerate(nodes)}
+        readers: dict[str, list[int]] = {}
+        for i, node in enumerate(nodes):
+            for name in param_names(node):
+                readers.setdefault(name, []).append(i)
+        trained = zip(graph.param_names, graph.param_bytes * graph.trainable, strict=True)
+        self._trained = [(np.array(readers[name]), float(num_bytes)) for name, num_bytes in trained]
         self.workspace = np.array([node.workspace_bytes for node in nodes], float)
         self.gradient = np.array([node.output_bytes if node.differentiable else 0 for node in nodes], float)
+        self.hands_on = self.workspace <= self.gradient
         reads = sorted({(index[name], i) for i, node in enumerate(nodes) for name in node.inputs})
         self.source, self.target = np.array(reads, np.int64).reshape(-1, 2).T
 
@@ -62,13 +70,10 @@ class Values(Storages):
 
     def param_gradients(self, mine: NDArray[np.bool_]) -> FloatArray:
         """(N) bytes of the gradients of parameters that each of some nodes is the first to make in a backward."""
-        graph, readers = self._graph, self._graph.param_readers
-        inside = np.array([mine[members[-1]] for members in graph.members])[readers.node]
-        latest = np.full(len(graph.param_bytes), -1)
-        np.maximum.at(latest, readers.owner[inside], readers.node[inside])
         found = np.zeros(len(mine))
-        for param in np.flatnonzero(latest >= 0):
-            found[graph.members[latest[param]][-1]] += graph.param_bytes[param] * graph.trainable[param]
+        for readers, num_bytes in self._trained:
+            if (here := readers[mine[readers]]).size:
+                found[here[-1]] += num_bytes
         return found
 
 
@@ -85,18 +90,8 @@ def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: in
     place[nodes] = np.arange(len(nodes))
     leaving = np.unique(values.source[mine[values.source] & ~mine[values.target]])
     kept = received + _kept(values, mine, place, leaving)
-    inside = mine[values.target]
-    last = np.full(len(mine), -1)
-    np.maximum.at(last, values.source[inside], place[values.target[inside]])
-    # A gradient is there between the nodes that read its value and the one that made it: + at first + 1, - at last.
-    change = np.zeros(len(nodes) + 1)
-    alive = last > place + 1
-    np.add.at(change, place[alive] + 1, values.gradient[alive])
-    np.add.at(change, last[alive], -values.gradient[alive])
-    within = kept + np.cumsum(change)[:-1] + values.workspace[nodes]
-    # The gradient of what leaves and is read by nobody here has come as a message; the workspace of its node counts it too.
-    alone = leaving[last[leaving] < 0]
-    within[place[alone]] -= values.gradient[alone]
+    gradients = _gradients(values, mine, place, leaving)
+    within = kept + gradients + values.workspace[nodes]
     made = values.param_gradients(mine)[nodes]
     return StageHold(
         static_bytes=float(parts.param_bytes[stage] + parts.optimizer_bytes[stage]),
@@ -105,6 +100,36 @@ def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: in
         first_bytes=float((within + np.cumsum(made[::-1])[::-1] - made).max()),
         later_bytes=float(within.max()),
     )
+
+
+def _gradients(values: Values, mine: NDArray[np.bool_], place: IntArray, leaving: IntArray) -> FloatArray:
+    """(nodes of the stage) bytes of gradients of values that are there during the backward of each node, its own apart.
+
+    A gradient is there between the nodes that read its value and the one that made it. One that has come as a message is counted
+    with the messages: it is not counted again where its node's workspace does, nor where nodes hand it on as it is.
+    """
+    readers: dict[int, list[int]] = {u: [] for u in {*np.flatnonzero(mine).tolist(), *values.source.tolist()}}
+    for u, v in zip(values.source.tolist(), values.target.tolist(), strict=True):
+        if mine[v]:
+            readers[u].append(int(v))
+    change = np.zeros(len(values.workspace[mine]) + 1)
+    come = np.zeros(len(mine), bool)
+    come[[u for u in leaving if not readers[int(u)]]] = True
+    for u in sorted(readers, reverse=True):
+        first, later = int(place[u]) + 1, sorted(readers[u])
+        if not later:
+            continue
+        end = int(place[later[-1]])
+        if come[later[-1]] and values.hands_on[later[-1]]:
+            come[u] = len(later) == 1
+            end = int(place[later[-2]]) + 1 if len(later) > 1 else first
+        if end > first:
+            change[first] += values.gradient[u]
+            change[end] -= values.gradient[u]
+    found = np.cumsum(change)[:-1]
+    own = np.flatnonzero(come & mine)
+    found[place[own]] -= values.gradient[own]
+    return np.asarray(found, np.float64)
 
 
 def _kept(values: Values, mine: NDArray[np.bool_], place: IntArray, leaving: IntArray) -> FloatArray:
