@@ -10,15 +10,15 @@ from autopipe.capture.captured import Captured
 from autopipe.errors import PlanError
 
 
-def parameters_of(captured: Captured, node: fx.Node) -> set[str]:
-    """Canonical names of the parameters and buffers that a node reads."""
+def parameters_of(captured: Captured, node: fx.Node) -> tuple[str, ...]:
+    """Canonical names of the parameters and buffers that a node reads, each once, in the same order on every rank."""
     module = captured.graph_module
-    names = {str(v.target) for v in node.all_input_nodes if v.op == "get_attr"}
+    names = [str(v.target) for v in node.all_input_nodes if v.op == "get_attr"]
     if node.op == "call_module":
         target = module.get_submodule(str(node.target))
-        names |= {f"{node.target}.{n}" for n, _ in target.named_parameters(remove_duplicate=False)}
-        names |= {f"{node.target}.{n}" for n, _ in target.named_buffers(remove_duplicate=False)}
-    return {captured.names[n] for n in names if n in captured.names}
+        names += [f"{node.target}.{n}" for n, _ in target.named_parameters(remove_duplicate=False)]
+        names += [f"{node.target}.{n}" for n, _ in target.named_buffers(remove_duplicate=False)]
+    return tuple(dict.fromkeys(captured.names[n] for n in names if n in captured.names))
 
 
 def owners(captured: Captured, stage_of: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -40,8 +40,9 @@ class StageParameters:
         )
         self._persistent = list(model.state_dict(keep_vars=True))
         self._in_state = {names[n] for n in self._persistent if n in names}
+        # In the model's order: replicas sum gradients one after another, and an optimizer sees what it sees of the plain model.
         self._mine: dict[str, Tensor] = {
-            n: everything[n] for n, stages in owned.items() if set(stages) & set(layout.stages)
+            n: t for n, t in everything.items() if set(owned.get(n, ())) & set(layout.stages)
         }
         trained = [n for n, t in everything.items() if n in owned and isinstance(t, nn.Parameter)]
         groups: dict[tuple[int, ...], list[str]] = {}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "autopipe", "tests.gloo.models"])
+_SERVERS = [forkserver.ForkServer() for _ in range(2)]
+for _server in _SERVERS:
+    _server.set_forkserver_preload(["torch", "torch.distributed", "autopipe", "tests.gloo.models"])
 EXIT_WITHIN_S = 10.0
 
 
@@ -74,11 +78,27 @@ def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tup
     for rank in range(num_ranks):
         here, there = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(target=_main, args=(there, function, args, rank, num_ranks, port), daemon=True)
-        process.start()
+        with _hashing_like(rank):
+            process.start()
         there.close()
         pipes.append(here)
         processes.append(process)
     return pipes, processes
+
+
+@contextlib.contextmanager
+def _hashing_like(rank: int) -> Iterator[None]:
+    """Neighbouring ranks hash strings differently, as under torchrun, so that what depends on the order of a set differs too."""
+    number = rank % len(_SERVERS)
+    before = forkserver.connect_to_new_process, os.environ.get("PYTHONHASHSEED")
+    forkserver.connect_to_new_process = _SERVERS[number].connect_to_new_process
+    os.environ["PYTHONHASHSEED"] = str(number + 1)
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = before[0]
+        del os.environ["PYTHONHASHSEED"]
+        os.environ.update({} if before[1] is None else {"PYTHONHASHSEED": before[1]})
 
 
 def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[str, Any]]:

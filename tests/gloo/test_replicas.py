@@ -222,3 +222,12 @@ def test_an_fp16_overflow_on_one_stage_skips_the_step_on_all() -> None:
         assert result["unchanged"]
         assert result["moved"]
         assert result["skipped"] == 1
+
+
+def _order_of_a_set() -> list[str]:
+    return list({"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight"})
+
+
+def test_ranks_of_these_tests_hash_strings_differently() -> None:
+    first, second, third = run_ranks(_order_of_a_set, 3)
+    assert first != second and first == third
