@@ -106,12 +106,17 @@ def _gradients(values: Values, mine: NDArray[np.bool_], place: IntArray, leaving
     """(nodes of the stage) bytes of gradients of values that are there during the backward of each node, its own apart.
 
     A gradient is there between the nodes that read its value and the one that made it. One that has come as a message is counted
-    with the messages: it is not counted again where its node's workspace does, nor where nodes hand it on as it is.
+    with the messages: it is not counted again where its node's workspace does, nor where nodes hand it on as it is. Where a node hands
+    one on to several values (a sum), it is counted for the first of them, which keeps it longest.
     """
     readers: dict[int, list[int]] = {u: [] for u in {*np.flatnonzero(mine).tolist(), *values.source.tolist()}}
     for u, v in zip(values.source.tolist(), values.target.tolist(), strict=True):
         if mine[v]:
             readers[u].append(int(v))
+    shares: dict[int, int] = {}  # of each node, the first value that it is the last to read
+    for u in sorted(readers, reverse=True):
+        if readers[u]:
+            shares[max(readers[u])] = u
     change = np.zeros(len(values.workspace[mine]) + 1)
     come = np.zeros(len(mine), bool)
     come[[u for u in leaving if not readers[int(u)]]] = True
@@ -119,8 +124,8 @@ def _gradients(values: Values, mine: NDArray[np.bool_], place: IntArray, leaving
         first, later = int(place[u]) + 1, sorted(readers[u])
         if not later:
             continue
-        end = int(place[later[-1]])
-        if come[later[-1]] and values.hands_on[later[-1]]:
+        end, shared = int(place[later[-1]]), shares[later[-1]] != u and len(later) == 1
+        if values.hands_on[later[-1]] and (come[later[-1]] or shared):
             come[u] = len(later) == 1
             end = int(place[later[-2]]) + 1 if len(later) > 1 else first
         if end > first:
