@@ -8,7 +8,8 @@ sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule b
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
 
 One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, backward, optimizer),
-measured in the same rounds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
+measured in the same rounds; "own" is the same of what its forwards and backwards took in the step itself, beside the other rank and with other
+micro-batches in the cache: a step over it is what the engine adds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
             row |= {f"{n} ms": medians[n], f"{n} quartiles": f"{1e3 * low:.1f} to {1e3 * high:.1f}"}
         for ours in (n for n in peers if n in OURS):
             row[f"{ours} over ideal"] = medians[ours] / ideal_ms
+            busy = [max(both) for both in zip(*(r["computes"][ours] for r in ranks), strict=True)]
+            slots = 1 + (NUM_STAGES - 1) / NUM_MICROBATCHES
+            shares = [t / (slots * b) for t, b in zip(times[ours], busy, strict=True)]
+            row[f"{ours} over own"] = statistics.median(shares)
             row |= {f"{ours} of {n}": medians[ours] / medians[n] for n in peers if n not in OURS}
         if kind == "mlp":  # peers draw other random numbers
             losses = [ranks[-1]["losses"][n] for n in peers]

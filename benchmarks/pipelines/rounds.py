@@ -17,8 +17,14 @@ from autopipe.engine.split_backward import Division, input_gradients
 from benchmarks.pipelines.peers import PEERS, Sgd, Step
 
 
-def timed_rounds(steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each step, peers in turn, the first of each round another one; a barrier stands before each."""
+def timed_rounds(
+    steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: int = 3, after: Callable[[str], None] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each step, peers in turn, the first of each round another one; a barrier stands before each.
+
+    Args:
+        after: called with the name of each step of an engine of autopipe that was timed.
+    """
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warm_up + num_rounds):
@@ -28,7 +34,15 @@ def timed_rounds(steps: dict[str, Callable[[], Any]], num_rounds: int, warm_up: 
             steps[name]()
             if i >= warm_up:
                 times[name].append(time.perf_counter() - start)
+                if after is not None and hasattr(steps[name], "engine"):
+                    after(name)
     return times
+
+
+def computes_s(step: Any) -> float:
+    """What the forwards and backwards of this rank took in the last step of an engine."""
+    _, spans = step.engine._measured.last_step()
+    return sum(s.end_us - s.start_us for s in spans if not s.waiting) / 1e6
 
 
 def plain_stage(layers: list[nn.Module], rows: Tensor, num_microbatches: int) -> Callable[[], Any]:
@@ -60,8 +74,11 @@ def compare(
     losses = {n: [step() for _ in range(2)] for n, step in steps.items()}
     rank, each = dist.get_rank(), len(layers) // dist.get_world_size()
     alone = plain_stage(layers[each * rank : each * (rank + 1)], batch, num_microbatches)
-    times = timed_rounds({**steps, "alone": alone}, num_rounds)
-    return {"times": times, "alone": times.pop("alone"), "losses": losses}
+    computes: dict[str, list[float]] = {n: [] for n, step in steps.items() if hasattr(step, "engine")}
+    times = timed_rounds(
+        {**steps, "alone": alone}, num_rounds, after=lambda n: computes[n].append(computes_s(steps[n]))
+    )
+    return {"times": times, "alone": times.pop("alone"), "losses": losses, "computes": computes}
 
 
 def peak_memory(
