@@ -84,11 +84,7 @@ def _counts(everything: dict[str, Results]) -> str:
                 + " | ".join(map(str, cells))
                 + f" | {one['skipped']} |"
             )
-    note = (
-        "A model of transformers counts once for each attention that it has, eager and sdpa; *kinds* counts its types once. Of torchvision one model of\n"
-        "each family is run first, and the others as far as there was time; in a run of 2026-11-24, of a capture that differed in how it seeds and in\n"
-        "what it does with transforms of functions, all 77 that count were right and 28 were skipped as too large or too slow here."
-    )
+    note = "A model of transformers counts once for each attention that it has, eager and sdpa; *kinds* counts its types once."
     return "\n".join(lines) + f"\n\n{note}"
 
 
@@ -196,15 +192,15 @@ def _peers(everything: dict[str, Results], peers: dict[str, Results]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind, found in peers.items():
-        done = {n: one for n, one in found.items() if one["outcome"] == "done"}
+        known = everything[kind]  # a model that was not run here is not compared
+        done = {n: one for n, one in found.items() if one["outcome"] == "done" and n in known}
         if not done:
             continue
-        counts = _peer_counts(found)
+        counts = _peer_counts(done)
         only = [
             n
             for n, one in done.items()
-            if "right" in (one["export"], one["pipeline"])
-            and everything[kind].get(n, {}).get("outcome") not in ("right", "skipped")
+            if "right" in (one["export"], one["pipeline"]) and known[n]["outcome"] not in ("right", "skipped")
         ]
         cells = [str(counts[p].get(o, 0)) for p in ("export", "pipeline") for o in ("right", "refused", "wrong")]
         lines.append(f"| {kind} | {len(done)} | " + " | ".join(cells) + f" | {', '.join(only) or 'none'} |")
