@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 _CONTEXT = mp.get_context("forkserver")
 _SERVERS = [forkserver.ForkServer() for _ in range(2)]
@@ -90,15 +91,10 @@ def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tup
 def _hashing_like(rank: int) -> Iterator[None]:
     """Neighbouring ranks hash strings differently, as under torchrun, so that what depends on the order of a set differs too."""
     number = rank % len(_SERVERS)
-    before = forkserver.connect_to_new_process, os.environ.get("PYTHONHASHSEED")
-    forkserver.connect_to_new_process = _SERVERS[number].connect_to_new_process
-    os.environ["PYTHONHASHSEED"] = str(number + 1)
-    try:
+    server, seed = _SERVERS[number], {"PYTHONHASHSEED": str(number + 1)}
+    connect = mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process)
+    with connect, mock.patch.dict(os.environ, seed):
         yield
-    finally:
-        forkserver.connect_to_new_process = before[0]
-        del os.environ["PYTHONHASHSEED"]
-        os.environ.update({} if before[1] is None else {"PYTHONHASHSEED": before[1]})
 
 
 def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[str, Any]]:

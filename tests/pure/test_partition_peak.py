@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from autopipe.partition.peak import expected_peak_bytes
 from profiler.records import NodeProfile, ParameterProfile, Profile
 
 
-def node(name: str, *inputs: str, **values: object) -> NodeProfile:
+def node(name: str, *inputs: str, **values: Any) -> NodeProfile:
     given = {"forward_us": 1.0, "backward_us": 2.0, "output_bytes": 100, "workspace_bytes": 200, **values}
-    return NodeProfile(name=name, inputs=inputs, **given)  # type: ignore[arg-type]
+    return NodeProfile(name=name, inputs=inputs, **given)
 
 
 def peaks(nodes: list[NodeProfile], stage_of: list[int], *, num_microbatches: int = 1, buffered: bool = False, optimizer: float = 0.0,

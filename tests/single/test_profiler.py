@@ -19,15 +19,7 @@ from profiler.nodes import NodeTimer
 from tests.single.profiler_models import Block, Gpt, cases, quick
 
 CASES = cases()
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,14 +13,7 @@ from profiler.tensors import ModelTensors
 from profiler.walk import Walk
 from tests.single.profiler_models import Gpt, quick
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 def test_segments_get_true_values_where_they_need_them():
