@@ -21,17 +21,18 @@ class RandomSource:
     """
 
     def __init__(self) -> None:
-        self._base: int | None = None
+        self._place: tuple[int, int, int] | None = None
 
     def set(self, seed: int, step: int, microbatch: int) -> None:
         """The micro-batch that is run from now on, forward or backward (a checkpoint region is computed again in the backward)."""
-        self._base = _mixed(_mixed(_mixed(seed) + step) + microbatch)
+        self._place = seed, step, microbatch
 
     def seed(self, node: int) -> None:
         """Seeds torch's generators for one node; does nothing before the first `set`."""
-        if self._base is None:
+        if self._place is None:
             return
-        seed = _mixed(self._base + node)
+        run, step, microbatch = self._place
+        seed = _mixed(_mixed(_mixed(_mixed(run) + step) + microbatch) + node)
         torch.default_generator.manual_seed(
             seed
         )  # torch.manual_seed does this a hundred times slower, for every device

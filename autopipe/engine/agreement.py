@@ -17,11 +17,11 @@ from torch import Tensor
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.context import Context
 from autopipe.engine.layout import Layout
-from autopipe.engine.transport import TensorSpec, Transport
+from autopipe.engine.transport import MessageSpec, TensorSpec, Transport
 from autopipe.errors import EngineError
 
 _SAID_BYTES = 1024
-_SAID = TensorSpec(shape=(_SAID_BYTES,), dtype=torch.uint8, stride=(1,))
+_SAID = MessageSpec([TensorSpec(shape=(_SAID_BYTES,), dtype=torch.uint8, stride=(1,))])
 NOTHING = -(2**62)
 """Below every digest."""
 
@@ -77,8 +77,8 @@ class NeighbourComparison:
         said = digest.to_bytes(8, "little") + self._mine.encode()[: _SAID_BYTES - 8]
         self._said = torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
         for rank in neighbours:
-            transport.send((context.rank, rank), [self._said], [_SAID])
-        self._heard = {rank: transport.recv((rank, context.rank), [_SAID]) for rank in neighbours}
+            transport.send((context.rank, rank), [self._said], _SAID)
+        self._heard = {rank: transport.recv((rank, context.rank), _SAID) for rank in neighbours}
 
     def finish(self) -> None:
         """Waits for the answers of the neighbours; the second time it does nothing.
@@ -172,9 +172,9 @@ class LossSum:
         self._open = True
         self._start_if_complete()
 
-    def add(self, share: Tensor) -> None:
-        """A micro-batch's share, detached."""
-        self._sum = self._sum + share
+    def add(self, loss: Tensor, weight: float) -> None:
+        """The loss of a micro-batch, detached, and its share in the mean."""
+        self._sum.add_(loss, alpha=weight)
         self._due -= 1
         self._start_if_complete()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -47,17 +45,11 @@ def run_actions(
         if i == first:
             before_transfers()
         try:
-            with _modes_of(action.kind):
-                _execute(action, runs[action.stage], reduce)
+            _execute(action, runs[action.stage], reduce)
             if last.get(action.stage) == i:
                 stage_done(action.stage)
         except Exception as cause:
             raise ActionFailure(action.stage, phase_of(action), cause) from cause
-
-
-def _modes_of(kind: str) -> Any:
-    """A backward runs in the dtypes that its forward chose, so autocast is for forwards alone."""
-    return contextlib.nullcontext() if kind == "F" else torch._C._DisableAutocast()
 
 
 def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> None:
@@ -65,16 +57,13 @@ def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> No
         case "RECV_F" | "RECV_B":
             run.receive(action)
         case "F":
-            run.forward(action.microbatch)
+            run.forward(action)
         case "SEND_F":
             run.send_forward(action)
-        case "B":
-            run.backward(action.microbatch)
-        case "I":
-            run.input_gradients(action.microbatch)
-        case "W":
-            run.weight_gradients(action.microbatch)
         case "SEND_B":
             run.send_backward(action)
         case "REDUCE_GRAD":
             reduce(action.microbatch)
+        case _:
+            with torch._C._DisableAutocast():  # a backward runs in the dtypes that its forward chose
+                {"B": run.backward, "I": run.input_gradients, "W": run.weight_gradients}[action.kind](action)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import math
 import mmap
 import os
 import select
@@ -18,15 +19,18 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_ANNOUNCED = struct.Struct("=IQ")
-"""What is said of a message: its block, and its bytes."""
+_ANNOUNCED = struct.Struct("=?IQ")
+"""What is said of a message: whether its block is new and comes with the next datagram, its block, and its bytes."""
 _GIVEN_BACK = struct.Struct("=I")
 _ALIGNED = 64
+_FILE_BYTES = array.array("i").itemsize
+MAX_PACKINGS = 64
+"""Packings of which a block keeps the views."""
 _CREDENTIALS = struct.Struct("=iII")
 PATIENCE_S = 60.0
 
@@ -54,6 +58,58 @@ class Alarm:
             os.close(fd)
 
 
+class Packing:
+    """How the tensors of a message lie in a block. Made once for all messages of a kind: blocks know it by its identity.
+
+    Args:
+        tensors: shape, strides and dtype of each; dense.
+
+    Attributes:
+        size: bytes that they take, every tensor from a multiple of 64 on.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
+        self._tensors = tensors
+        self.size = sum(_room(shape, dtype) for shape, _, dtype in tensors)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raises ValueError where tensors are not of these shapes and dtypes."""
+        for tensor, (shape, _, dtype) in zip(tensors, self._tensors, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype:
+                got = f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"
+                raise ValueError(f"{got} where one of {tuple(shape)} and {dtype} is due")
+
+    def views(self, block: Tensor) -> list[Tensor]:
+        """The tensors on a block's bytes."""
+        views, offset = [], 0
+        for shape, stride, dtype in self._tensors:
+            end = offset + math.prod(shape) * dtype.itemsize
+            views.append(block[offset:end].view(dtype).as_strided(shape, stride, offset // dtype.itemsize))
+            offset += _room(shape, dtype)
+        return views
+
+
+@dataclass(slots=True)
+class _Block:
+    """Memory that two processes have mapped."""
+
+    bytes: Tensor
+    _views: dict[Packing, list[Tensor]] = field(default_factory=dict)
+
+    def views(self, packing: Packing) -> list[Tensor]:
+        views = self._views.get(packing)
+        if views is None:
+            if len(self._views) == MAX_PACKINGS:
+                self._views.clear()
+            views = self._views[packing] = packing.views(self.bytes)
+        return views
+
+
+def copies(views: Sequence[Tensor]) -> list[Tensor]:
+    """What a receiver makes of a message's tensors, which are the sender's again afterwards."""
+    return [view.clone() for view in views]
+
+
 class Inbox:
     """The receiving end.
 
@@ -67,7 +123,7 @@ class Inbox:
         self._listener.bind("")  # the system chooses the name
         self._listener.listen(1)
         self.address: bytes = self._listener.getsockname()
-        self._blocks: dict[int, Tensor] = {}
+        self._blocks: dict[int, _Block] = {}
         self._arrived: dict[int, tuple[int, int]] = {}
         self._expected = self._heard = 0
 
@@ -88,10 +144,14 @@ class Inbox:
         self._poll.register(self._socket, select.POLLIN)
         self._poll.register(self._alarm.fd, select.POLLIN)
 
-    def expect(self, make_parts: Callable[[], Sequence[Tensor]]) -> Arrival:
-        """The next message that was not expected yet, for contiguous tensors of bytes, which are made once it is there."""
+    def expect(self, packing: Packing, take: Callable[[Sequence[Tensor]], list[Tensor]] = copies) -> Arrival:
+        """The next message that was not expected yet.
+
+        Args:
+            take: is called with its tensors once it is there; gives what is kept of them.
+        """
         self._expected += 1
-        return Arrival(self, self._expected - 1, make_parts)
+        return Arrival(self, self._expected - 1, packing, take)
 
     def has(self, number: int) -> bool:
         """Whether a message has come; does not block."""
@@ -100,8 +160,8 @@ class Inbox:
                 return False
         return True
 
-    def fetch(self, number: int, make_parts: Callable[[], Sequence[Tensor]]) -> None:
-        """Waits for a message, and copies it into tensors that it makes then.
+    def fetch(self, number: int, packing: Packing, take: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """Waits for a message, and gives what `take` makes of it.
 
         Raises:
             RuntimeError: the connection is lost, or the message is not of the size expected.
@@ -110,23 +170,17 @@ class Inbox:
             if not self._hear():
                 self._wait()
         place, size = self._arrived.pop(number)
-        parts = make_parts()
-        wanted = sum(_room(p) for p in parts)
-        if size != wanted:
-            raise RuntimeError(f"a message of {size} bytes where one of {wanted} is due")
-        offset = 0
-        for part in parts:
-            part.copy_(self._blocks[place][offset : offset + part.numel()])
-            offset += _room(part)
+        if size != packing.size:
+            raise RuntimeError(f"a message of {size} bytes where one of {packing.size} is due")
+        taken = take(self._blocks[place].views(packing))
         with contextlib.suppress(OSError):  # a sender that has nothing more to send may have left
             self._socket.send(_GIVEN_BACK.pack(place))
+        return taken
 
     def _hear(self) -> bool:
         """Takes note of a message, where one has come."""
         try:
-            said, files, _, _ = self._socket.recvmsg(
-                _ANNOUNCED.size, socket.CMSG_SPACE(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
-            )
+            said = self._socket.recv(_ANNOUNCED.size)
         except BlockingIOError:
             return False
         except (
@@ -135,13 +189,24 @@ class Inbox:
             return self._hear()
         if not said:
             raise RuntimeError("Connection closed: the process that sends has ended")
-        place, size = _ANNOUNCED.unpack(said)
-        if files:
-            (fd,) = array.array("i", files[0][2])
-            self._blocks[place] = _memory(fd)
+        is_new, place, size = _ANNOUNCED.unpack(said)
+        if is_new:
+            self._blocks[place] = _Block(_memory(self._file()))
         self._arrived[self._heard] = place, size
         self._heard += 1
         return True
+
+    def _file(self) -> int:
+        """The file of a new block, which the sender passes on right after it has said so."""
+        while True:
+            try:
+                _, files, _, _ = self._socket.recvmsg(1, socket.CMSG_SPACE(_FILE_BYTES), socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                self._wait()
+                continue
+            if not files:
+                raise RuntimeError("Connection closed: the process that sends has ended")
+            return int.from_bytes(files[0][2], sys.byteorder)
 
     def _wait(self) -> None:
         if all(fd == self._alarm.fd for fd, _ in self._poll.poll()):
@@ -163,7 +228,7 @@ class Outbox:
 
     def __init__(self, address: bytes) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._blocks: list[Tensor] = []
+        self._blocks: list[_Block] = []
         self._free: list[int] = []
         try:
             self._socket.connect(address)
@@ -171,41 +236,47 @@ class Outbox:
             self._socket.close()
             raise
 
-    def send(self, parts: Sequence[Tensor]) -> None:
-        """Sends contiguous tensors of bytes as one message; they may be written when it returns.
+    def send(self, tensors: Sequence[Tensor], packing: Packing) -> None:
+        """Sends tensors as one message; they may be written when it returns.
 
         Raises:
             OSError: the receiver is gone.
+            ValueError: a tensor is not what the packing says.
         """
-        size = sum(_room(p) for p in parts)
-        place, fd = self._take(size)
-        offset = 0
-        for part in parts:
-            self._blocks[place][offset : offset + part.numel()].copy_(part)
-            offset += _room(part)
-        said = [_ANNOUNCED.pack(place, size)]
-        if fd is None:
-            self._socket.sendmsg(said)
-            return
-        try:
-            self._socket.sendmsg(said, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
-        finally:
-            os.close(fd)
+        packing.check(tensors)
+        place, fd = self._take(packing.size)
+        for view, tensor in zip(self._blocks[place].views(packing), tensors, strict=True):
+            view.copy_(tensor.detach())
+        self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))
+        if fd is not None:
+            try:
+                self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+            finally:
+                os.close(fd)
 
     def _take(self, size: int) -> tuple[int, int | None]:
         """A block of at least this many bytes that nobody reads; with its file where it is new."""
-        with contextlib.suppress(BlockingIOError):
-            while said := self._socket.recv(_GIVEN_BACK.size, socket.MSG_DONTWAIT):
-                self._free += _GIVEN_BACK.unpack(said)
-        for i, place in enumerate(self._free):
-            if self._blocks[place].numel() >= size:
-                del self._free[i]
+        looked_at = 0
+        while looked_at < len(self._free) or self._regain():
+            place = self._free[looked_at]
+            if self._blocks[place].bytes.numel() >= size:
+                del self._free[looked_at]
                 return place, None
+            looked_at += 1
         fd = os.memfd_create("autopipe", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         place = self._free.pop() if self._free else len(self._blocks)
-        self._blocks[place : place + 1] = [_memory(os.dup(fd))]
+        self._blocks[place : place + 1] = [_Block(_memory(os.dup(fd)))]
         return place, fd
+
+    def _regain(self) -> bool:
+        """Takes a block back, where the receiver has given one."""
+        try:
+            said = self._socket.recv(_GIVEN_BACK.size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self._free += _GIVEN_BACK.unpack(said) if said else ()
+        return bool(said)
 
     def close(self) -> None:
         """Ends the connection; what is under way still arrives."""
@@ -215,27 +286,28 @@ class Outbox:
 
 @dataclass(slots=True)
 class Arrival:
-    """A message that is expected; to be waited for as torch's `Work` is."""
+    """A message that is expected."""
 
     _inbox: Inbox
     _number: int
-    _make_parts: Callable[[], Sequence[Tensor]]
-    _done: bool = False
+    _packing: Packing
+    _take: Callable[[Sequence[Tensor]], list[Tensor]]
+    _taken: list[Tensor] | None = None
 
-    def wait(self) -> None:
-        """Blocks until the message is there, and copies it."""
-        if not self._done:
-            self._inbox.fetch(self._number, self._make_parts)
-            self._done = True
+    def join(self) -> list[Tensor]:
+        """Blocks until the message is there, and gives what is kept of it."""
+        if self._taken is None:
+            self._taken = self._inbox.fetch(self._number, self._packing, self._take)
+        return self._taken
 
-    def is_completed(self) -> bool:
-        """Whether `wait` would not block."""
-        return self._done or self._inbox.has(self._number)
+    def done(self) -> bool:
+        """Whether `join` would not block."""
+        return self._taken is not None or self._inbox.has(self._number)
 
 
-def _room(part: Tensor) -> int:
-    """The bytes of a block that a tensor of bytes takes."""
-    return -(-part.numel() // _ALIGNED) * _ALIGNED
+def _room(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """The bytes of a block that a tensor takes."""
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
 
 
 def _memory(fd: int) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from autopipe.engine.context import Context
 from autopipe.engine.evidence import host_identity
-from autopipe.engine.lane import Inbox, Outbox, available
+from autopipe.engine.lane import Inbox, Outbox, Packing, available
 from profiler.links import Way
 
 _LOG = logging.getLogger("autopipe.engine")
@@ -62,11 +63,16 @@ def way_over(lanes: Lanes) -> Way | None:
     outbox = next((end for end in lanes.values() if isinstance(end, Outbox)), None)
     inbox = next((end for end in lanes.values() if isinstance(end, Inbox)), None)
 
+    @cache
+    def packing_of(num_bytes: int) -> Packing:
+        return Packing([((num_bytes,), (1,), torch.uint8)])
+
     def start(message: Tensor, is_sender: bool) -> Callable[[], object]:
         assert outbox is not None and inbox is not None, "only the two ranks send"
+        content = message.view(torch.uint8)
         if not is_sender:
-            return inbox.expect(lambda: [message.view(torch.uint8)]).wait
-        outbox.send([message.view(torch.uint8)])
+            return inbox.expect(packing_of(content.numel()), lambda views: [content.copy_(views[0])]).join
+        outbox.send([content], packing_of(content.numel()))
         return lambda: None
 
     return Way(name="shared memory", start=start, buffered=True)

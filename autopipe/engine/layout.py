@@ -85,6 +85,11 @@ class Layout:
         P = self.num_ranks
         return self.shape.ranks[(self.replica if replica is None else replica) * P + stage % P]
 
+    def flow(self, source: int, target: int) -> tuple[int, int] | None:
+        """The ranks that run two stages of this replica; None where that is one rank."""
+        ends = self.rank_of(source), self.rank_of(target)
+        return None if ends[0] == ends[1] else ends
+
     def is_mine(self, stage: int) -> bool:
         """Whether this rank runs the stage."""
         return stage % self.num_ranks == self.pipeline_rank

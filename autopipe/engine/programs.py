@@ -17,7 +17,7 @@ from autopipe.capture.seeding import RandomSource
 from autopipe.engine.batch import MicroBatch
 from autopipe.engine.layout import Layout
 from autopipe.engine.split_backward import Division, division_of
-from autopipe.engine.transport import TensorSpec
+from autopipe.engine.transport import Flow, MessageSpec, TensorSpec
 from autopipe.errors import CaptureError
 from autopipe.schedule import Edge
 from autopipe.stages import (
@@ -37,11 +37,18 @@ Kind = Literal["train", "eval", "predict"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Tensors that go from one stage to another together: the names of their nodes, what they look like, and, of activations
-    that leave, their places among the stage's outputs."""
+    """Tensors that go from one stage to another together.
+
+    Attributes:
+        names: of their nodes.
+        spec: what they look like.
+        flow: the ranks that they go between; None from one stage of this rank to another.
+        places: of activations that leave, their places among the stage's outputs.
+    """
 
     names: tuple[str, ...]
-    tensors: tuple[TensorSpec, ...]
+    spec: MessageSpec
+    flow: Flow | None
     places: tuple[int, ...] = ()
 
 
@@ -169,33 +176,36 @@ def make_program(
         divisions=divisions,
         loss_stage=loss_stage,
         edges=edges_of(specs),
-        routes={s: _route(specs, s) for s in layout.stages},
+        routes={s: _route(specs, s, layout) for s in layout.stages},
     )
 
 
-def _route(specs: tuple[StageSpec, ...], stage: int) -> Route:
+def _route(specs: tuple[StageSpec, ...], stage: int, layout: Layout) -> Route:
     spec = specs[stage]
     sources = sorted({i.source for i in spec.inputs} - {MODEL_INPUT})
     targets = sorted({t for o in spec.outputs for t in o.targets})
-    sent = {t: _message(specs[t].received_from(stage), tuple(spec.sent_to(t))) for t in targets}
+    received = {s: spec.received_from(s) for s in sources}
+    sent = {t: specs[t].received_from(stage) for t in targets}
+    come = {s: layout.flow(s, stage) for s in sources + targets}
+    go = {t: layout.flow(stage, t) for t in sources + targets}
     return Route(
-        received={s: _message(spec.received_from(s)) for s in sources},
-        sent=sent,
-        gradients_received=_with_gradient({t: specs[t].received_from(stage) for t in targets}),
-        gradients_sent=_with_gradient({s: spec.received_from(s) for s in sources}),
+        received={s: _message(inputs, come[s]) for s, inputs in received.items()},
+        sent={t: _message(inputs, go[t], tuple(spec.sent_to(t))) for t, inputs in sent.items()},
+        gradients_received={t: _message(inputs, come[t]) for t, inputs in _with_gradient(sent).items()},
+        gradients_sent={s: _message(inputs, go[s]) for s, inputs in _with_gradient(received).items()},
         reads_batch=any(i.source == MODEL_INPUT for i in spec.inputs),
     )
 
 
-def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, Message]:
+def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, list[StageInput]]:
     """Gradients come back in the order of their activations, where any do."""
-    messages = {peer: _message([i for i in tensors if i.gradient]) for peer, tensors in inputs.items()}
-    return {peer: message for peer, message in messages.items() if message.names}
+    differentiable = {peer: [i for i in tensors if i.gradient] for peer, tensors in inputs.items()}
+    return {peer: tensors for peer, tensors in differentiable.items() if tensors}
 
 
-def _message(inputs: list[StageInput], places: tuple[int, ...] = ()) -> Message:
-    specs = (TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs)
-    return Message(tuple(i.name for i in inputs), tuple(specs), places)
+def _message(inputs: list[StageInput], flow: Flow | None, places: tuple[int, ...] = ()) -> Message:
+    spec = MessageSpec([TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs])
+    return Message(tuple(i.name for i in inputs), spec, flow, places)
 
 
 @contextlib.contextmanager

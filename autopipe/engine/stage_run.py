@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,10 @@ from autopipe.engine.clock import StepClock
 from autopipe.engine.layout import Layout
 from autopipe.engine.programs import Message, Program, Route
 from autopipe.engine.split_backward import WeightGradients, input_gradients
-from autopipe.engine.transport import Flow, Handle, Transport
+from autopipe.engine.transport import Handle, Transport
 from autopipe.schedule import Action
 from autopipe.schedule.program import MAX_POSTED_RECEIVES
 from autopipe.stages import MODEL_INPUT
-
-NOTHING = Message((), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,7 @@ class _Saved:
     """What a micro-batch leaves between forward and backward."""
 
     inputs: list[Tensor]
-    outputs: list[Tensor]
+    outputs: Sequence[Tensor]
     loss: Tensor | None
 
 
@@ -85,7 +83,7 @@ class StageRun:
     stage: int
     step: Step
     results: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    _receiving: dict[Action, Handle] = field(default_factory=dict)
+    _receiving: dict[tuple[str, int, int], tuple[Action, Handle]] = field(default_factory=dict)
     _outgoing: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     _sending: dict[int, list[tuple[int, Handle]]] = field(default_factory=dict)
     _gradients: list[Handle] = field(default_factory=list)
@@ -93,40 +91,40 @@ class StageRun:
     _weights: dict[int, WeightGradients] = field(default_factory=dict)
     _input_gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def _flow(self, source: int, target: int) -> Flow:
-        return self.step.layout.rank_of(source), self.step.layout.rank_of(target)
-
     def _route(self, m: int) -> Route:
         return self.step.programs[m].routes[self.stage]
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def receive(self, action: Action) -> None:
-        """Posts a receive; the compute that needs it joins it."""
+        """Posts a receive; the compute that needs it joins it. Nothing is due where only other micro-batches use this edge."""
         route = self._route(action.microbatch)
-        due = (route.received if action.kind == "RECV_F" else route.gradients_received).get(action.peer, NOTHING)
-        self._receiving[action] = self.step.transport.recv(self._flow(action.peer, self.stage), due.tensors)
+        due = (route.received if action.kind == "RECV_F" else route.gradients_received).get(action.peer)
+        if due is not None and due.flow is not None:
+            key = action.kind, action.microbatch, action.peer
+            self._receiving[key] = action, self.step.transport.recv(due.flow, due.spec)
         self._drop_finished()
 
-    def _arrived(self, kind: Any, m: int, source: int) -> list[Tensor] | None:
-        """The tensors of a receive, waited for; of a stage on this rank, what it has left; None where nothing was due."""
-        if self.step.layout.is_mine(source):
+    def _arrived(self, kind: str, m: int, source: int, due: Message) -> list[Tensor] | None:
+        """The tensors of a receive, waited for; of a stage on this rank, what it has left; None where nothing was posted."""
+        if due.flow is None:
             return self.step.local.pop((kind, source, self.stage, m), None)
-        action = Action(kind, self.stage, m, source)
-        handle = self._receiving.pop(action, None)
-        if handle is None:
+        posted = self._receiving.pop((kind, m, source), None)
+        if posted is None:
             return None
+        action, handle = posted
         with self.step.clock.span(action, waiting=True):
             return handle.join()
 
-    def forward(self, m: int) -> None:
-        """Runs the forward of micro-batch m."""
+    def forward(self, action: Action) -> None:
+        """Runs the forward of a micro-batch."""
+        m = action.microbatch
         program = self.step.programs[m]
-        spec, route = program.specs[self.stage], self._route(m)
+        spec, route = program.specs[self.stage], program.routes[self.stage]
         given = self.step.microbatches[m].tensors(self.step.with_target) if route.reads_batch else []
         received: dict[str, Tensor] = {}
         for source, message in route.received.items():
-            received.update(zip(message.names, self._arrived("RECV_F", m, source) or (), strict=True))
+            received.update(zip(message.names, self._arrived("RECV_F", m, source, message) or (), strict=True))
         inputs = [
             given[i.position]
             if i.source == MODEL_INPUT
@@ -134,28 +132,27 @@ class StageRun:
             for i in spec.inputs
         ]
         self.step.seed_for(m)
-        with self.step.clock.span(Action("F", self.stage, m)):
+        with self.step.clock.span(action):
             values: tuple[Tensor, ...] = program.modules[self.stage](*inputs)
-        self._keep(m, inputs, list(values))
+        self._keep(m, inputs, values)
 
-    def _keep(self, m: int, inputs: list[Tensor], values: list[Tensor]) -> None:
+    def _keep(self, m: int, inputs: list[Tensor], values: Sequence[Tensor]) -> None:
         program = self.step.programs[m]
         spec = program.specs[self.stage]
         outputs, results = values[: len(spec.outputs)], values[len(spec.outputs) :]
         loss = None
         held = dict(zip(spec.results, results, strict=True))
         if program.loss_stage == self.stage:
-            assert program.captured.loss is not None
-            loss = held.pop(program.captured.loss).float() * self.step.weights[m]
-            assert self.step.loss is not None
-            self.step.loss.add(loss.detach())
+            assert program.captured.loss is not None and self.step.loss is not None
+            loss = held.pop(program.captured.loss)
+            self.step.loss.add(loss.detach(), self.step.weights[m])
         if self.step.training:
             self._saved[m] = _Saved(inputs, outputs, loss)
         else:
             self.results[m] = held
-        for target, message in self._route(m).sent.items():
+        for target, message in program.routes[self.stage].sent.items():
             tensors = [outputs[i].detach() for i in message.places]
-            if self.step.layout.is_mine(target):
+            if message.flow is None:
                 self.step.local["RECV_F", self.stage, target, m] = tensors
             else:
                 self._outgoing[m, target] = tensors
@@ -163,44 +160,47 @@ class StageRun:
     def send_forward(self, action: Action) -> None:
         """Starts sending the activations that one later stage reads."""
         m = action.microbatch
-        message = self._route(m).sent.get(action.peer, NOTHING)  # none where only other micro-batches use this edge
-        tensors = self._outgoing.pop((m, action.peer), [])
-        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
-        self._sending.setdefault(m, []).append((action.peer, handle))
-        self._join_oldest()
+        message = self._route(m).sent.get(action.peer)
+        if message is None or message.flow is None:
+            return
+        handle = self.step.transport.send(message.flow, self._outgoing.pop((m, action.peer)), message.spec)
+        if not handle.done():
+            self._sending.setdefault(m, []).append((action.peer, handle))
+            self._join_oldest()
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def backward(self, m: int) -> None:
-        """Runs the backward of micro-batch m; parameters accumulate their gradients."""
-        roots, gradients, inputs = self._due_backward(m)
-        with self.step.clock.span(Action("B", self.stage, m)):
+    def backward(self, action: Action) -> None:
+        """Runs the backward of a micro-batch; parameters accumulate their gradients."""
+        roots, gradients, inputs = self._due_backward(action.microbatch)
+        with self.step.clock.span(action):
             if roots:
                 torch.autograd.backward(roots, gradients)
-        self._keep_gradients(m, inputs)
+        self._keep_gradients(action.microbatch, inputs)
 
-    def input_gradients(self, m: int) -> None:
-        """Runs the part of the backward of micro-batch m that earlier stages wait for."""
+    def input_gradients(self, action: Action) -> None:
+        """Runs the part of the backward of a micro-batch that earlier stages wait for."""
+        m = action.microbatch
         roots, gradients, inputs = self._due_backward(m)
         division = self.step.programs[m].divisions[self.stage]
-        with self.step.clock.span(Action("I", self.stage, m)):
-            self._weights[m] = input_gradients(roots, gradients, list(inputs.values()), division)
+        with self.step.clock.span(action):
+            self._weights[m] = input_gradients(roots, gradients, [v for _, v in inputs], division)
         self._keep_gradients(m, inputs)
 
-    def weight_gradients(self, m: int) -> None:
-        """Runs what is left of the backward of micro-batch m."""
-        self.step.seed_for(m)
-        with self.step.clock.span(Action("W", self.stage, m)):
-            self._weights.pop(m).run()
+    def weight_gradients(self, action: Action) -> None:
+        """Runs what is left of the backward of a micro-batch."""
+        self.step.seed_for(action.microbatch)
+        with self.step.clock.span(action):
+            self._weights.pop(action.microbatch).run()
 
-    def _due_backward(self, m: int) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
+    def _due_backward(self, m: int) -> tuple[list[Tensor], list[Tensor], list[tuple[str, Tensor]]]:
         """What is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
         saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
         roots: list[Tensor] = []
-        gradients: list[Tensor | None] = []
+        gradients: list[Tensor] = []
         if saved.loss is not None:
-            roots.append(saved.loss * self.step.loss_scale if self.step.loss_scale != 1.0 else saved.loss)
-            gradients.append(None)
+            roots.append(saved.loss)
+            gradients.append(saved.loss.new_full(saved.loss.shape, self.step.weights[m] * self.step.loss_scale))
         sums, answered = self._join_gradients(m)
         for output, value in zip(spec.outputs, saved.outputs, strict=True):
             if output.name in sums and value.requires_grad:
@@ -210,14 +210,14 @@ class StageRun:
             if target in answered:
                 handle.join()  # its gradient came back, so the activation was consumed: this cannot block
         self.step.seed_for(m)
-        inputs = {i.name: v for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient}
+        inputs = [(i.name, v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient]
         return roots, gradients, inputs
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""
         sums, answered = dict[str, Tensor](), set[int]()
         for target, message in self._route(m).gradients_received.items():
-            gradients = self._arrived("RECV_B", m, target)
+            gradients = self._arrived("RECV_B", m, target, message)
             if gradients is None:
                 continue
             answered.add(target)
@@ -225,10 +225,10 @@ class StageRun:
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums, answered
 
-    def _keep_gradients(self, m: int, inputs: Mapping[str, Tensor]) -> None:
-        left = {name: _gradient_of(value) for name, value in inputs.items()}
+    def _keep_gradients(self, m: int, inputs: Sequence[tuple[str, Tensor]]) -> None:
+        left = {name: _gradient_of(value) for name, value in inputs}
         for source, message in self._route(m).gradients_sent.items():
-            if self.step.layout.is_mine(source):
+            if message.flow is None:
                 self.step.local["RECV_B", self.stage, source, m] = [left.pop(n) for n in message.names]
         if left:
             self._input_gradients[m] = left
@@ -236,20 +236,24 @@ class StageRun:
     def send_backward(self, action: Action) -> None:
         """Starts sending the gradients of what came from one earlier stage."""
         m = action.microbatch
-        message = self._route(m).gradients_sent.get(action.peer, NOTHING)
-        gradients = self._input_gradients.get(m, {})
+        message = self._route(m).gradients_sent.get(action.peer)
+        if message is None or message.flow is None:
+            return
+        gradients = self._input_gradients[m]
         tensors = [gradients.pop(n) for n in message.names]
         if not gradients:
-            self._input_gradients.pop(m, None)
-        handle = self.step.transport.send(self._flow(self.stage, action.peer), tensors, message.tensors)
-        self._gradients.append(handle)
-        self._join_oldest()
+            del self._input_gradients[m]
+        handle = self.step.transport.send(message.flow, tensors, message.spec)
+        if not handle.done():
+            self._gradients.append(handle)
+            self._join_oldest()
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
     def _drop_finished(self) -> None:
         """Forgets sends that have arrived, so that buffers grow with the stages and not with the micro-batches."""
-        self._gradients = [h for h in self._gradients if not h.done()]
+        if self._gradients:
+            self._gradients = [h for h in self._gradients if not h.done()]
         for m, sends in list(self._sending.items()):
             self._sending[m] = [(target, h) for target, h in sends if not h.done()]
             if not self._sending[m]:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.context import Context
-from autopipe.engine.lane import Inbox, Outbox
+from autopipe.engine.lane import Inbox, Outbox, Packing
 from autopipe.engine.lanes import Lanes, close_lanes, open_lanes
 
 Flow = tuple[int, int]
@@ -41,16 +41,45 @@ class TensorSpec:
         return _slowest_first(self.stride)
 
 
+@dataclass(frozen=True, eq=False)
+class MessageSpec:
+    """The tensors of a message, which go together. One object stands for all messages of a kind."""
+
+    tensors: Sequence[TensorSpec]
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How they lie in a lane's block."""
+        return Packing([(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors])
+
+    @cached_property
+    def travels(self) -> bool:
+        """Whether there is anything to be sent: tensors without elements are not."""
+        return any(math.prod(t.shape) for t in self.tensors)
+
+
+class Handle(Protocol):
+    """A message on its way."""
+
+    def join(self) -> list[Tensor]:
+        """Waits: on a CPU the host, on CUDA the current stream (rule 9). Gives the tensors, of a receive."""
+        ...
+
+    def done(self) -> bool:
+        """Whether all has arrived; does not block."""
+        ...
+
+
 @dataclass(slots=True)
-class Handle:
-    """Messages on their way; of a receive, `tensors` holds them after `join`."""
+class Works:
+    """What torch says of a message: its works, the tensors that it fills, and those that must live until it is gone."""
 
     works: list[Any]
     tensors: list[Tensor]
     held: list[Tensor] = field(default_factory=list)
 
     def join(self) -> list[Tensor]:
-        """Waits: on a CPU the host, on CUDA the current stream (rule 9)."""
+        """As `Handle` says."""
         for work in self.works:
             work.wait()
         if self.tensors and self.tensors[0].is_cuda:
@@ -60,7 +89,7 @@ class Handle:
         return self.tensors
 
     def done(self) -> bool:
-        """Whether all has arrived; does not block."""
+        """As `Handle` says."""
         return all(work.is_completed() for work in self.works)
 
 
@@ -101,45 +130,35 @@ class Transport:
         return sorted(b for a, b in ends if a == self._context.rank)
 
     def _warm_up(self, flow: Flow) -> None:
-        spec = TensorSpec(shape=(1,), dtype=torch.uint8, stride=(1,))
+        one = MessageSpec([TensorSpec(shape=(1,), dtype=torch.uint8, stride=(1,))])
         if self._context.rank == flow[0]:
-            self.send(flow, [torch.zeros(1, dtype=torch.uint8, device=self._context.device)], [spec]).join()
+            self.send(flow, [torch.zeros(1, dtype=torch.uint8, device=self._context.device)], one).join()
         else:
-            self.recv(flow, [spec]).join()
+            self.recv(flow, one).join()
         if self._context.device.type == "cuda":
             torch.cuda.synchronize(self._context.device)
 
-    def send(self, flow: Flow, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Handle:
+    def send(self, flow: Flow, tensors: Sequence[Tensor], spec: MessageSpec) -> Handle:
         """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
-        flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, specs, strict=True) if t.numel()]
+        if not spec.travels:
+            return Works([], [])
         lane = self._lanes.get(flow)
         if isinstance(lane, Outbox):
-            if flat:
-                lane.send(flat)
-            return Handle([], [])
-        return Handle(self._issue("send", flow, flat), [], flat)
+            lane.send(tensors, spec.packing)
+            return Works([], [])
+        flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
+        return Works(self._issue("send", flow, flat), [], flat)
 
-    def recv(self, flow: Flow, specs: Sequence[TensorSpec]) -> Handle:
+    def recv(self, flow: Flow, spec: MessageSpec) -> Handle:
         """Starts receiving into new tensors; from a lane they are made once the message is there."""
-        lane, handle = self._lanes.get(flow), Handle([], [])
-
-        def room() -> list[Tensor]:
-            handle.tensors = [self._new(s) for s in specs]
-            return [as_bytes(_as_it_lies(t, s)) for t, s in zip(handle.tensors, specs, strict=True) if t.numel()]
-
-        if isinstance(lane, Inbox) and any(math.prod(s.shape) for s in specs):
-            handle.works = [lane.expect(room)]
-        else:  # of a lane, tensors without elements, which do not travel
-            dense = room()
-            handle.works = self._issue("recv", flow, dense) if dense else []
-        return handle
-
-    def _new(self, spec: TensorSpec) -> Tensor:
-        """An empty dense tensor with the strides of a spec's order."""
-        if spec.order is None:
-            return torch.empty(spec.shape, dtype=spec.dtype, device=self._context.device)
-        dense = torch.empty([spec.shape[d] for d in spec.order], dtype=spec.dtype, device=self._context.device)
-        return dense.permute(_inverse(spec.order))
+        lane = self._lanes.get(flow)
+        if isinstance(lane, Inbox) and spec.travels:
+            return lane.expect(spec.packing)
+        tensors = [_new(s, self._context.device) for s in spec.tensors]
+        if not spec.travels:
+            return Works([], tensors)
+        flat = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
+        return Works(self._issue("recv", flow, flat), tensors)
 
     def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
         """Unbatched operations, always (rule 2); on CUDA under a stream that waits for the producer alone (rule 5)."""
@@ -184,6 +203,14 @@ class Transport:
         self._groups.clear()
         close_lanes(self._lanes)
         self._lanes.clear()
+
+
+def _new(spec: TensorSpec, device: torch.device) -> Tensor:
+    """An empty dense tensor with the strides of a spec's order."""
+    if spec.order is None:
+        return torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    dense = torch.empty([spec.shape[d] for d in spec.order], dtype=spec.dtype, device=device)
+    return dense.permute(_inverse(spec.order))
 
 
 def _as_it_lies(tensor: Tensor, spec: TensorSpec) -> Tensor:

@@ -106,8 +106,8 @@ class Watcher:
         )
 
     def tell_paces(self, paces: Sequence[Pace]) -> None:
-        """Tells the board how fast this rank's stages are, against their plan."""
-        if self._link is not None:
+        """Tells the board how fast this rank's stages are, against their plan; nothing where that is not due."""
+        if paces and self._link is not None:
             self._link.wire.send({"pace": [asdict(p) for p in paces]})
 
     # -- failures -----------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.context import make_context
-from autopipe.engine.transport import TensorSpec, Transport
+from autopipe.engine.transport import MessageSpec, TensorSpec, Transport
 from tests.gloo.launch import run_ranks
 
 
-def spec_of(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=tensor.stride())
+def spec_of(*tensors: Tensor) -> MessageSpec:
+    return MessageSpec([TensorSpec(shape=tuple(t.shape), dtype=t.dtype, stride=t.stride()) for t in tensors])
 
 
 def samples() -> dict[str, Tensor]:
@@ -55,14 +55,14 @@ def _exchange(shared_memory: str) -> dict[str, Any]:
     mine, peer = context.rank, 1 - context.rank
     found = {}
     for name, tensor in samples().items():
-        handle = transport.send((mine, peer), [tensor], [spec_of(tensor)])
-        (arrived,) = transport.recv((peer, mine), [spec_of(tensor)]).join()
+        handle = transport.send((mine, peer), [tensor], spec_of(tensor))
+        (arrived,) = transport.recv((peer, mine), spec_of(tensor)).join()
         handle.join()
         same = torch.equal(arrived.view(torch.uint8) if "float8" in name else arrived, _plain(tensor, name))
         found[name] = (same, arrived.dtype == tensor.dtype, arrived.stride(), arrived.requires_grad)
     together = list(samples().values())
-    handle = transport.send((mine, peer), together, [spec_of(t) for t in together])
-    arrived_together = transport.recv((peer, mine), [spec_of(t) for t in together]).join()
+    handle = transport.send((mine, peer), together, spec_of(*together))
+    arrived_together = transport.recv((peer, mine), spec_of(*together)).join()
     handle.join()
     found["together"] = all(
         torch.equal(_plain(a, n), _plain(t, n)) for a, (n, t) in zip(arrived_together, samples().items(), strict=True)
@@ -97,13 +97,13 @@ def _in_order(shared_memory: str, num_messages: int) -> bool:
     transport.open([(0, 1), (1, 0)])  # what is open stays
     mine, peer = context.rank, 1 - context.rank
     delays = random.Random(mine)
-    spec, handles, right = TensorSpec(shape=(1000,), dtype=torch.int64, stride=(1,)), [], True
-    receives = [transport.recv((peer, mine), [spec])]
+    spec, handles, right = spec_of(torch.zeros(1000, dtype=torch.int64)), [], True
+    receives = [transport.recv((peer, mine), spec)]
     for i in range(num_messages):
         time.sleep(delays.choice([0.0, 0.0, 0.003]))
-        handles.append(transport.send((mine, peer), [torch.full((1000,), 100 * mine + i)], [spec]))
+        handles.append(transport.send((mine, peer), [torch.full((1000,), 100 * mine + i)], spec))
         if i + 1 < num_messages:
-            receives.append(transport.recv((peer, mine), [spec]))  # one ahead of the one that is needed
+            receives.append(transport.recv((peer, mine), spec))  # one ahead of the one that is needed
         (arrived,) = receives[i].join()
         right = right and bool((arrived == 100 * peer + i).all())
     for handle in handles:

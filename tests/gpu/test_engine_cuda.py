@@ -116,11 +116,11 @@ def _exchange() -> dict[str, bool]:
     mine, peer, same = context.rank, 1 - context.rank, {}
     for name, tensor in samples().items():
         if mine == 0:  # one order of both transfers on both ranks
-            there = transport.send((mine, peer), [tensor.to(context.device)], [spec_of(tensor)])
-            here = transport.recv((peer, mine), [spec_of(tensor)])
+            there = transport.send((mine, peer), [tensor.to(context.device)], spec_of(tensor))
+            here = transport.recv((peer, mine), spec_of(tensor))
         else:
-            here = transport.recv((peer, mine), [spec_of(tensor)])
-            there = transport.send((mine, peer), [tensor.to(context.device)], [spec_of(tensor)])
+            here = transport.recv((peer, mine), spec_of(tensor))
+            there = transport.send((mine, peer), [tensor.to(context.device)], spec_of(tensor))
         (arrived,) = here.join()
         there.join()
         same[name] = (

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from autopipe.engine.lane import Alarm, Inbox, Outbox, available
+from autopipe.engine.lane import _ANNOUNCED, MAX_PACKINGS, Alarm, Inbox, Outbox, Packing, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
 
@@ -19,8 +18,11 @@ def bytes_of(*values: int, size: int = 100) -> list[Tensor]:
     return [torch.full((size,), v, dtype=torch.uint8) for v in values]
 
 
-def empty(count: int, size: int = 100) -> list[Tensor]:
-    return bytes_of(*[0] * count, size=size)
+def packing_of(count: int = 1, size: int = 100) -> Packing:
+    return Packing([((size,), (1,), torch.uint8)] * count)
+
+
+ONE = packing_of()
 
 
 @pytest.fixture
@@ -37,40 +39,84 @@ def ends():
 
 def test_messages_arrive_in_order_and_blocks_are_used_again(ends) -> None:
     outbox, inbox, _ = ends
-    parts = [empty(2) for _ in range(50)]
-    expected = [inbox.expect(partial(parts.__getitem__, i)) for i in range(49)]
+    two = packing_of(2)
+    expected = [inbox.expect(two) for _ in range(49)]
     for i in range(50):
         message = bytes_of(i, 100 + i)
-        outbox.send(message)
+        outbox.send(message, two)
         message[0].fill_(255)  # what is sent may be written
         if i:
-            expected[i - 1].wait()
-            assert [int(p[0]) for p in parts[i - 1]] == [i - 1, 99 + i]
+            assert [int(p[0]) for p in expected[i - 1].join()] == [i - 1, 99 + i]
     assert len(outbox._blocks) <= 3
+    assert [int(p[0]) for p in expected[0].join()] == [0, 100], "what was taken out of a block stays as it was"
 
 
 def test_a_larger_message_takes_a_new_block_and_a_smaller_one_fits_into_it(ends) -> None:
     outbox, inbox, _ = ends
     for size in (10, 100_000, 7, 5_000_000, 64):
-        outbox.send(bytes_of(size % 251, size=size))
-        parts = empty(1, size)
-        inbox.expect(partial(list, parts)).wait()
-        assert bool((parts[0] == size % 251).all())
+        packing = packing_of(size=size)
+        outbox.send(bytes_of(size % 251, size=size), packing)
+        (part,) = inbox.expect(packing).join()
+        assert part.shape == (size,)
+        assert bool((part == size % 251).all())
     assert len(outbox._blocks) == 1
     assert len(inbox._blocks) == 1
+
+
+def test_a_block_that_is_free_is_found_behind_one_that_is_too_small(ends) -> None:
+    outbox, inbox, _ = ends
+    small, large = packing_of(size=100), packing_of(size=10_000)
+    for packing, size in ((small, 100), (large, 10_000)):
+        outbox.send(bytes_of(1, size=size), packing)  # two blocks, since none is given back meanwhile
+    for packing in (small, large):
+        inbox.expect(packing).join()
+    for _ in range(3):
+        outbox.send(bytes_of(2, size=10_000), large)
+        assert bool((inbox.expect(large).join()[0] == 2).all())
+    assert [b.bytes.numel() for b in outbox._blocks] == [128, 10_048]
+
+
+def test_a_block_does_not_keep_the_views_of_every_packing_that_it_has_seen(ends) -> None:
+    outbox, inbox, _ = ends
+    for size in range(1, 3 * MAX_PACKINGS):
+        packing = packing_of(size=size)
+        outbox.send(bytes_of(size % 251, size=size), packing)
+        assert int(inbox.expect(packing).join()[0][-1]) == size % 251
+    for block in (*outbox._blocks, *inbox._blocks.values()):
+        assert len(block._views) <= MAX_PACKINGS
+
+
+def test_tensors_lie_in_a_block_with_the_strides_that_are_due(ends) -> None:
+    outbox, inbox, _ = ends
+    x = torch.randn(3, 4, 5)
+    sent = [x.transpose(0, 2), torch.tensor(3), x[:, ::2], torch.zeros(0, 2), (x > 0).permute(1, 2, 0)]
+    due = [((5, 4, 3), (1, 5, 20)), ((), ()), ((3, 2, 5), (10, 5, 1)), ((0, 2), (2, 1)), ((4, 5, 3), (1, 4, 20))]
+    packing = Packing([(shape, stride, t.dtype) for (shape, stride), t in zip(due, sent, strict=True)])
+    outbox.send(sent, packing)
+    arrived = inbox.expect(packing).join()
+    for there, here, (_, stride) in zip(sent, arrived, due, strict=True):
+        assert torch.equal(there, here)
+        assert here.stride() == stride
+
+
+def test_a_tensor_that_is_not_what_is_due_is_refused(ends) -> None:
+    outbox, _, _ = ends
+    with pytest.raises(ValueError, match=r"shape \(1,\) and torch.uint8 where one of \(100,\) and torch.uint8 is due"):
+        outbox.send(bytes_of(1, size=1), ONE)
+    with pytest.raises(ValueError, match=r"torch.float32 where one of \(100,\) and torch.uint8 is due"):
+        outbox.send([torch.zeros(100)], ONE)
+    assert not outbox._blocks
 
 
 def test_many_messages_wait_for_a_late_receiver(ends) -> None:
     outbox, inbox, _ = ends
     late = threading.Timer(0.3, lambda: None)
-    sender = threading.Thread(target=lambda: [outbox.send(bytes_of(i % 256)) for i in range(1000)], daemon=True)
+    sender = threading.Thread(target=lambda: [outbox.send(bytes_of(i % 256), ONE) for i in range(1000)], daemon=True)
     sender.start()
     late.start()
     late.join()
     for i in range(1000):
-        parts = empty(1)
-        inbox.expect(partial(list, parts)).wait()
-        assert int(parts[0][0]) == i % 256
+        assert int(inbox.expect(ONE).join()[0][0]) == i % 256
     sender.join(5)
     assert not sender.is_alive()
 
@@ -78,25 +124,30 @@ def test_many_messages_wait_for_a_late_receiver(ends) -> None:
 def test_what_was_sent_arrives_after_its_sender_has_left(ends) -> None:
     outbox, inbox, _ = ends
     for i in range(3):
-        outbox.send(bytes_of(i))
-    (first,) = empty(1)
-    inbox.expect(lambda: [first]).wait()  # given back, which the sender never reads
+        outbox.send(bytes_of(i), ONE)
+    inbox.expect(ONE).join()  # given back, which the sender never reads
     outbox.close()
-    parts = [empty(1) for _ in range(3)]
-    arrivals = [inbox.expect(partial(parts.__getitem__, i)) for i in range(3)]
+    arrivals = [inbox.expect(ONE) for _ in range(3)]
     for i in (1, 2):
-        assert arrivals[i - 1].is_completed()
-        arrivals[i - 1].wait()
-        assert int(parts[i - 1][0][0]) == i
+        assert arrivals[i - 1].done()
+        assert int(arrivals[i - 1].join()[0][0]) == i
     with pytest.raises(RuntimeError, match="Connection closed: the process that sends has ended"):
-        arrivals[2].wait()
+        arrivals[2].join()
+
+
+def test_a_sender_that_ends_before_it_passes_on_a_new_block_is_an_error(ends) -> None:
+    outbox, inbox, _ = ends
+    outbox._socket.send(_ANNOUNCED.pack(True, 0, 128))
+    outbox.close()
+    with pytest.raises(RuntimeError, match="Connection closed: the process that sends has ended"):
+        inbox.expect(ONE).join()
 
 
 def test_a_receiver_that_has_left_is_an_error_of_the_sender(ends) -> None:
     outbox, inbox, _ = ends
     inbox.close()
     with pytest.raises(OSError, match=r"Broken pipe|Connection reset"):
-        outbox.send(bytes_of(1))
+        outbox.send(bytes_of(1), ONE)
 
 
 def test_an_alarm_ends_a_wait(ends) -> None:
@@ -104,13 +155,13 @@ def test_an_alarm_ends_a_wait(ends) -> None:
     started = time.monotonic()
     threading.Timer(0.2, alarm.ring).start()
     with pytest.raises(RuntimeError, match="Connection closed: the run has failed on another rank"):
-        inbox.expect(partial(empty, 1)).wait()
+        inbox.expect(ONE).join()
     assert time.monotonic() - started < 5
-    assert not inbox.expect(partial(empty, 1)).is_completed()
+    assert not inbox.expect(ONE).done()
 
 
 def test_a_message_of_another_size_is_refused(ends) -> None:
     outbox, inbox, _ = ends
-    outbox.send(bytes_of(1, size=1000))
+    outbox.send(bytes_of(1, size=1000), packing_of(size=1000))
     with pytest.raises(RuntimeError, match="a message of 1024 bytes where one of 128 is due"):
-        inbox.expect(partial(empty, 1)).wait()
+        inbox.expect(ONE).join()
