@@ -11,6 +11,9 @@ import torch
 from autopipe.engine.watcher import Watcher
 from autopipe.schedule import Action
 
+RUN_AHEAD = 8
+"""Computes and waits that the host may have issued and the device has not come to, two micro-batches' worth."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -42,6 +45,13 @@ class StepClock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def hold(self) -> None:
+        """Keeps the host at most `RUN_AHEAD` spans ahead of the device, so that buffers grow with the stages and not with the
+        micro-batches: what the device still reads cannot be used again. It waits for what stands before it in the one order of
+        all ranks, and so for nothing that waits for it."""
+        if self._device.type == "cuda" and len(self.marks) >= RUN_AHEAD:
+            self.marks[-RUN_AHEAD][3].synchronize()
+
     def span(self, action: Action, *, waiting: bool = False) -> _Timed:
         """Times what runs inside, and lets the watcher know of it."""
         return _Timed(self, action, waiting)
@@ -68,6 +78,7 @@ class _Timed:
 
     def __enter__(self) -> None:
         self._clock.watcher.enter(self._action, self._waiting)
+        self._clock.hold()
         self._start = self._clock.now()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

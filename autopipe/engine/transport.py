@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, cached_property
@@ -147,33 +147,40 @@ class Transport:
             lane.send(tensors, spec.packing)
             return Works([], [])
         flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
-        return Works(self._issue("send", flow, flat), [], flat)
+        stream = self._streams.get(flow)
+        if stream is not None:  # which waits for the producer alone: a send is issued right after it (rule 5)
+            stream.wait_event(torch.cuda.current_stream(self._context.device).record_event())
+            for t in flat:
+                t.record_stream(stream)
+        with self._side(flow):
+            return Works(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, spec: MessageSpec) -> Handle:
         """Starts receiving into new tensors; from a lane they are made once the message is there."""
         lane = self._lanes.get(flow)
         if isinstance(lane, Inbox) and spec.travels:
             return lane.expect(spec.packing)
-        tensors = [_new(s, self._context.device) for s in spec.tensors]
-        if not spec.travels:
-            return Works([], tensors)
-        flat = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
-        return Works(self._issue("recv", flow, flat), tensors)
+        with self._side(
+            flow
+        ):  # torch's allocator keeps memory by stream: a receive waits for no compute but those that it frees
+            tensors = [_new(s, self._context.device) for s in spec.tensors]
+            if not spec.travels:
+                return Works([], tensors)
+            flat = [as_bytes(_as_it_lies(t, s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
+            return Works(self._issue("recv", flow, flat), tensors)
+
+    def _side(self, flow: Flow) -> AbstractContextManager[Any]:
+        """On CUDA the flow's own stream (rule 5)."""
+        stream = self._streams.get(flow)
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
 
     def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
-        """Unbatched operations, always (rule 2); on CUDA under a stream that waits for the producer alone (rule 5)."""
-        group, stream = self._groups[flow], self._streams.get(flow)
+        """Unbatched operations, always (rule 2)."""
+        group = self._groups[flow]
         # what dist.isend and irecv end in, without what they ask about the group each time
         call = group.send if operation == "send" else group.recv
         peer = (flow[1] if operation == "send" else flow[0]) == max(flow)  # its rank in the group of two
-        if stream is None:
-            return [call([t], int(peer), 0) for t in flat]
-        stream.wait_event(torch.cuda.current_stream(self._context.device).record_event())
-        with torch.cuda.stream(stream):
-            works = [call([t], int(peer), 0) for t in flat]
-        for t in flat:
-            t.record_stream(stream)
-        return works
+        return [call([t], int(peer), 0) for t in flat]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Gives every rank the tensor of rank `source`; small, on the CPU."""

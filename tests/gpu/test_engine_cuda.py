@@ -137,3 +137,32 @@ def _exchange() -> dict[str, bool]:
 def test_every_kind_of_tensor_arrives_over_nccl() -> None:
     for same in run_ranks(_exchange, 2):
         assert all(same.values()), same
+
+
+def _peak_bytes(num_microbatches: int) -> int:
+    """The most that this rank allocates in a step beyond what is there before it, 4 MB an activation."""
+    torch.cuda.set_device(int(make_context("cuda").device.index))
+    num_stages = dist.get_world_size()
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU()) for _ in range(4)))
+    x = torch.randn(4096 * num_microbatches, 256).cuda()
+    engine = autopipe.pipeline(
+        model,
+        loss_fn=torch.nn.functional.mse_loss,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        schedule="1f1b",
+    )
+    engine.train_batch(x, target=x)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    engine.train_batch(x, target=x)
+    peak = torch.cuda.max_memory_allocated() - before
+    engine.close()
+    return peak
+
+
+@several_devices
+def test_buffers_do_not_grow_with_the_number_of_microbatches() -> None:
+    few, many = (run_ranks(_peak_bytes, min(torch.cuda.device_count(), 4), count) for count in (8, 64))
+    for a, b in zip(few, many, strict=True):
+        assert b <= 1.1 * a + 2**20
