@@ -163,7 +163,8 @@ class LossSum:
         self._context, self._due = context, num_due
         self.stopping = False
         self._early = context.device.type == "cpu"  # on CUDA the host would wait for the last forward
-        self._sum = torch.zeros((), device=context.device)
+        self._losses: list[Tensor] = []
+        self._weights: list[float] = []
         self._open = False
         self._work: Any = None
 
@@ -174,7 +175,8 @@ class LossSum:
 
     def add(self, loss: Tensor, weight: float) -> None:
         """The loss of a micro-batch, detached, and its share in the mean."""
-        self._sum.add_(loss, alpha=weight)
+        self._losses.append(loss)
+        self._weights.append(weight)
         self._due -= 1
         self._start_if_complete()
 
@@ -185,7 +187,8 @@ class LossSum:
             self._work = dist.all_reduce(self._both, group=self._context.control, async_op=True)
 
     def _with_stop(self) -> Tensor:
-        return torch.stack([self._sum.to("cpu"), torch.tensor(float(self._context.preemption.asked))])
+        losses = torch.stack(self._losses).float().cpu() if self._losses else torch.zeros(0)
+        return torch.stack([losses @ torch.tensor(self._weights), torch.tensor(float(self._context.preemption.asked))])
 
     def finish(self) -> Tensor:
         """The loss on the CPU. Collective.

@@ -32,14 +32,14 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device, watcher: Watcher) -> None:
-        self._device, self.watcher = device, watcher
+        self._device, self._on_cuda, self.watcher = device, device.type == "cuda", watcher
         self.marks: list[tuple[Action, bool, Any, Any]] = []
         self.allocated_bytes = 0
         self.started_ns = time.monotonic_ns()
         self._zero = self.now()
 
     def now(self) -> Any:
-        if self._device.type != "cuda":
+        if not self._on_cuda:
             return time.monotonic_ns()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
@@ -49,7 +49,7 @@ class StepClock:
         """Keeps the host at most `RUN_AHEAD` spans ahead of the device, so that buffers grow with the stages and not with the
         micro-batches: what the device still reads cannot be used again. It waits for what stands before it in the one order of
         all ranks, and so for nothing that waits for it."""
-        if self._device.type == "cuda" and len(self.marks) >= RUN_AHEAD:
+        if self._on_cuda and len(self.marks) >= RUN_AHEAD:
             self.marks[-RUN_AHEAD][3].synchronize()
 
     def span(self, action: Action, *, waiting: bool = False) -> _Timed:
@@ -58,12 +58,12 @@ class StepClock:
 
     def spans(self) -> list[Span]:
         """All spans so far; on CUDA it waits for the device."""
-        if self._device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.synchronize(self._device)
         return [Span(action, waiting, self._since(a), self._since(b)) for action, waiting, a, b in self.marks]
 
     def _since(self, mark: Any) -> float:
-        if self._device.type == "cuda":
+        if self._on_cuda:
             return float(self._zero.elapsed_time(mark)) * 1e3
         return float(mark - self._zero) / 1e3
 

@@ -27,6 +27,9 @@ from torch import Tensor
 _ANNOUNCED = struct.Struct("=?IQ")
 """What is said of a message: whether its block is new and comes with the next datagram, its block, and its bytes."""
 _GIVEN_BACK = struct.Struct("=I")
+"""A block that has been read; several may be given back at once."""
+GIVEN_AT_ONCE, LARGE_BYTES = 4, 2**18
+"""Blocks that are given back together, unless one of them is large."""
 _ALIGNED = 64
 _FILE_BYTES = array.array("i").itemsize
 MAX_PACKINGS = 64
@@ -125,6 +128,7 @@ class Inbox:
         self.address: bytes = self._listener.getsockname()
         self._blocks: dict[int, _Block] = {}
         self._arrived: dict[int, tuple[int, int]] = {}
+        self._read: list[int] = []
         self._expected = self._heard = 0
 
     def accept(self) -> None:
@@ -173,9 +177,16 @@ class Inbox:
         if size != packing.size:
             raise RuntimeError(f"a message of {size} bytes where one of {packing.size} is due")
         taken = take(self._blocks[place].views(packing))
-        with contextlib.suppress(OSError):  # a sender that has nothing more to send may have left
-            self._socket.send(_GIVEN_BACK.pack(place))
+        self._read.append(place)
+        if size >= LARGE_BYTES or len(self._read) >= GIVEN_AT_ONCE:
+            self._give_back()
         return taken
+
+    def _give_back(self) -> None:
+        said = b"".join(map(_GIVEN_BACK.pack, self._read))
+        self._read.clear()
+        with contextlib.suppress(OSError):  # a sender that has nothing more to send may have left
+            self._socket.send(said)
 
     def _hear(self) -> bool:
         """Takes note of a message, where one has come."""
@@ -270,12 +281,12 @@ class Outbox:
         return place, fd
 
     def _regain(self) -> bool:
-        """Takes a block back, where the receiver has given one."""
+        """Takes blocks back, where the receiver has given any."""
         try:
-            said = self._socket.recv(_GIVEN_BACK.size, socket.MSG_DONTWAIT)
+            said = self._socket.recv(GIVEN_AT_ONCE * _GIVEN_BACK.size, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        self._free += _GIVEN_BACK.unpack(said) if said else ()
+        self._free += (place for (place,) in _GIVEN_BACK.iter_unpack(said))
         return bool(said)
 
     def close(self) -> None:

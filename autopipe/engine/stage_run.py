@@ -88,6 +88,7 @@ class StageRun:
     _sending: dict[int, list[tuple[int, Handle]]] = field(default_factory=dict)
     _gradients: list[Handle] = field(default_factory=list)
     _saved: dict[int, _Saved] = field(default_factory=dict)
+    _loss_gradients: dict[float, Tensor] = field(default_factory=dict)
     _weights: dict[int, WeightGradients] = field(default_factory=dict)
     _input_gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -200,7 +201,7 @@ class StageRun:
         gradients: list[Tensor] = []
         if saved.loss is not None:
             roots.append(saved.loss)
-            gradients.append(saved.loss.new_full(saved.loss.shape, self.step.weights[m] * self.step.loss_scale))
+            gradients.append(self._loss_gradient(saved.loss, self.step.weights[m] * self.step.loss_scale))
         sums, answered = self._join_gradients(m)
         for output, value in zip(spec.outputs, saved.outputs, strict=True):
             if output.name in sums and value.requires_grad:
@@ -212,6 +213,12 @@ class StageRun:
         self.step.seed_for(m)
         inputs = [(i.name, v) for i, v in zip(spec.inputs, saved.inputs, strict=True) if i.gradient]
         return roots, gradients, inputs
+
+    def _loss_gradient(self, loss: Tensor, value: float) -> Tensor:
+        """A scalar of the loss's kind; most micro-batches have the same."""
+        if value not in self._loss_gradients:
+            self._loss_gradients[value] = loss.new_full(loss.shape, value)
+        return self._loss_gradients[value]
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""

@@ -75,7 +75,7 @@ class Watcher:
         before, waited, since, serial = self._what
         now = time.monotonic()
         self._spent_s += 0.0 if waited else now - since
-        if what != before:  # its waits are over too: so long it took of its own
+        if what is not before:  # its waits are over too: so long it took of its own
             key = (before.kind, before.stage) if isinstance(before, Action) else before
             if key not in self._durations:
                 self._durations[key] = deque(maxlen=KEPT_DURATIONS)
