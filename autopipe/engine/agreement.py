@@ -1,13 +1,14 @@
 """What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
 
 On a CPU both run beside the computes: the comparison is waited for before the first transfer, and the loss is summed from the last
-forward on. Where lanes join the ranks of the only replica, each compares with its neighbours alone, and otherwise all together.
+forward on, or from the first backward on where a rank has none to add. Where lanes join the ranks of the only replica, each compares with its neighbours alone, and otherwise all together.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,8 +50,12 @@ def compare_calls(
     return CallComparison(context, layout, call, given, shared=shared)
 
 
-def _described(call: str, given: Sequence[MicroBatch]) -> tuple[str, list[int], str]:
-    return call, [m.num_samples for m in given], given[0].signature if given else ""
+_Described = tuple[str, tuple[int, ...], str]
+
+
+def _described(call: str, given: Sequence[MicroBatch]) -> _Described:
+    """A call, the samples of its micro-batches, and the signature of the first of them."""
+    return call, tuple(m.num_samples for m in given), given[0].signature if given else ""
 
 
 def _different(rank: int, call: object, other: int, its: object) -> EngineError:
@@ -59,6 +64,14 @@ def _different(rank: int, call: object, other: int, its: object) -> EngineError:
         expected="the same call with a batch of the same shape on every rank",
         remedy="give every rank the same batch; seed the sampler of the data loader equally",
     )
+
+
+@lru_cache(maxsize=64)
+def _said(described: _Described, signatures: tuple[str, ...]) -> Tensor:
+    """What is told of a call: the digest of it and of the signatures of all its micro-batches, and its description."""
+    digest = zlib.crc32("|".join([described[0], *signatures]).encode())
+    said = digest.to_bytes(8, "little") + str(described).encode()[: _SAID_BYTES - 8]
+    return torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
 
 
 class NeighbourComparison:
@@ -72,10 +85,8 @@ class NeighbourComparison:
         call: str,
         given: Sequence[MicroBatch],
     ) -> None:
-        self._context, self._mine = context, str(_described(call, given))
-        digest = zlib.crc32("|".join([call, *(m.signature for m in given)]).encode())
-        said = digest.to_bytes(8, "little") + self._mine.encode()[: _SAID_BYTES - 8]
-        self._said = torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
+        self._context, self._mine = context, _described(call, given)
+        self._said = _said(self._mine, tuple(m.signature for m in given))
         for rank in neighbours:
             transport.send((context.rank, rank), [self._said], _SAID)
         self._heard = {rank: transport.recv((rank, context.rank), _SAID) for rank in neighbours}
@@ -93,7 +104,7 @@ class NeighbourComparison:
             if torch.equal(said[:8], self._said[:8]):
                 continue
             its = said[8:].numpy().tobytes().decode(errors="replace").rstrip()
-            first, second = sorted([(rank, its), (self._context.rank, self._mine)])
+            first, second = sorted([(rank, its), (self._context.rank, str(self._mine))])
             raise self._context.watcher.fail(_different(*first, *second))
 
 
@@ -137,7 +148,7 @@ class CallComparison:
         raise _different(other, told[other][1], rank, told[rank][1])
 
 
-def _first_difference(told: Sequence[tuple[int, tuple[str, list[int], str]]]) -> tuple[int, int]:
+def _first_difference(told: Sequence[tuple[int, _Described]]) -> tuple[int, int]:
     """The first rank that makes another call than rank 0, or was given other micro-batches than the first of its group; and that one."""
     first_of: dict[int, int] = {}
     for rank, (group, call) in enumerate(told):
@@ -169,9 +180,10 @@ class LossSum:
         self._work: Any = None
 
     def open(self) -> None:
-        """From now on the ranks are known to make the same call."""
-        self._open = True
-        self._start_if_complete()
+        """From now on the ranks are known to make the same call, and this one has nothing more urgent to do."""
+        if not self._open:
+            self._open = True
+            self._start_if_complete()
 
     def add(self, loss: Tensor, weight: float) -> None:
         """The loss of a micro-batch, detached, and its share in the mean."""

@@ -221,14 +221,8 @@ class Runner:
             for group, stages in enumerate(self._tie_groups):
                 if any(self._layout.is_mine(s) for s in stages):
                     reduce(group)
-        self._begin_transfers(comparison, step)
-        return step, list(runs.values())
-
-    def _begin_transfers(self, comparison: Comparison, step: Step) -> None:
-        """The ranks are known to make the same call; nothing new where it has been said before."""
         self._finish(comparison)
-        if step.loss is not None:
-            step.loss.open()
+        return step, list(runs.values())
 
     def _loss_sum(self, programs: Sequence[Program]) -> LossSum:
         mine = [p for p in programs if p.loss_stage is not None and self._layout.is_mine(p.loss_stage)]
@@ -251,7 +245,7 @@ class Runner:
         grad = contextlib.nullcontext() if step.training else torch.no_grad()
         try:
             with generators_kept(), grad, self._modes(), self._memory(step):
-                run_actions(actions, runs, reduce, stage_done, lambda: self._begin_transfers(comparison, step))
+                run_actions(actions, runs, reduce, stage_done, lambda: self._finish(comparison))
                 self._context.watcher.enter("the end of the step", waiting=True)
                 for run in runs.values():
                     run.finish()

@@ -196,6 +196,8 @@ class StageRun:
 
     def _due_backward(self, m: int) -> tuple[list[Tensor], list[Tensor], list[tuple[str, Tensor]]]:
         """What is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
+        assert self.step.loss is not None
+        self.step.loss.open()
         saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
         roots: list[Tensor] = []
         gradients: list[Tensor] = []
