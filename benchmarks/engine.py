@@ -4,10 +4,10 @@
 
 compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
-sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time.
+sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link that was measured.
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
 
-One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, backward, optimizer),
+One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, loss, backward, optimizer),
 measured in the same rounds; "own" is the same of what its forwards and backwards took in the step itself, beside the other rank and with other
 micro-batches in the cache: a step over it is what the engine adds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
 """
@@ -104,23 +104,19 @@ def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
     rows = []
     for num_ranks in (4, 8):
-        measured = on_ranks(sleeping_schedules, num_ranks, num_rounds)
+        ranks = on_ranks(sleeping_schedules, num_ranks, num_rounds)
         others = on_ranks(sleeping_peers, num_ranks, tuple(n for n in peers if n not in OURS), num_rounds)
-        nap_s = statistics.median(rank.pop("nap")[0] for rank in measured)
-        for name in measured[0]:
-            took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in measured), strict=True)])
-            expected = 1e3 * simulated_s(name, num_ranks, nap_s)
-            rows.append(
-                {"processes": num_ranks, "schedule": f"autopipe {name}", "step ms": took, "simulated ms": expected}
-                | {"over simulated": took / expected}
-            )
-        for name in others[0]:
-            took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in others), strict=True)])
-            expected = 1e3 * simulated_s("1f1b", num_ranks, nap_s)
-            rows.append(
-                {"processes": num_ranks, "schedule": f"{name} 1f1b", "step ms": took, "simulated ms": expected}
-                | {"over simulated": took / expected}
-            )
+        _, plans, _ = ranks[0]
+        nap_s = statistics.median(nap for _, _, nap in ranks)
+        for times, plan_of, label in (
+            ([times for times, _, _ in ranks], plans, "autopipe {0}"),
+            (others, dict.fromkeys(others[0], plans["1f1b"]), "{0} 1f1b"),
+        ):
+            for name, plan in plan_of.items():
+                took = rounds.median_ms([max(r) for r in zip(*(rank[name] for rank in times), strict=True)])
+                expected = 1e3 * simulated_s(plan, nap_s)
+                row = {"step ms": took, "simulated ms": expected, "over simulated": took / expected}
+                rows.append({"processes": num_ranks, "schedule": label.format(name)} | row)
     return rows
 
 

@@ -45,17 +45,25 @@ def computes_s(step: Any) -> float:
     return sum(s.end_us - s.start_us for s in spans if not s.waiting) / 1e6
 
 
-def plain_stage(layers: list[nn.Module], rows: Tensor, num_microbatches: int) -> Callable[[], Any]:
-    """What a stage computes in a step, without any pipeline: forward and backward of each micro-batch, and the optimizer."""
+def plain_stage(
+    layers: list[nn.Module], rows: Tensor, num_microbatches: int, loss: tuple[Any, Tensor] | None = None
+) -> Callable[[], Any]:
+    """What a stage computes in a step, without any pipeline: forward and backward of each micro-batch, and the optimizer.
+
+    Args:
+        loss: of the last stage, the loss function and its target.
+    """
     module = nn.Sequential(*layers)
     optimizer = Sgd(module.parameters())
     inputs = [piece.clone().requires_grad_() for piece in rows.chunk(num_microbatches)]
-    gradient = torch.ones_like(inputs[0])
+    loss_fn, targets = (None, inputs) if loss is None else (loss[0], loss[1].chunk(num_microbatches))
+    gradient = torch.ones_like(inputs[0]) if loss_fn is None else torch.tensor(1 / num_microbatches)
 
     def step() -> None:
         optimizer.zero_grad()
-        for piece in inputs:
-            module(piece).backward(gradient)
+        for piece, target in zip(inputs, targets, strict=True):
+            output = module(piece)
+            (output if loss_fn is None else loss_fn(output, target)).backward(gradient)
             piece.grad = None
         optimizer.step()
 
@@ -73,7 +81,8 @@ def compare(
     steps: dict[str, Step] = {n: PEERS[n](layers, batch, target, loss_fn, num_microbatches) for n in peers}
     losses = {n: [step() for _ in range(2)] for n, step in steps.items()}
     rank, each = dist.get_rank(), len(layers) // dist.get_world_size()
-    alone = plain_stage(layers[each * rank : each * (rank + 1)], batch, num_microbatches)
+    loss = (loss_fn, target) if rank == dist.get_world_size() - 1 else None
+    alone = plain_stage(layers[each * rank : each * (rank + 1)], batch, num_microbatches, loss)
     computes: dict[str, list[float]] = {n: [] for n, step in steps.items() if hasattr(step, "engine")}
     times = timed_rounds(
         {**steps, "alone": alone}, num_rounds, after=lambda n: computes[n].append(computes_s(steps[n]))
