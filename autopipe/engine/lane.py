@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import array
 import contextlib
-import math
-import mmap
 import os
 import select
 import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from autopipe.engine.blocks import Block, Packing, copies
 
 _ANNOUNCED = struct.Struct("=?IQ")
 """What is said of a message: whether its block is new and comes with the next datagram, its block, and its bytes."""
@@ -30,10 +29,7 @@ _GIVEN_BACK = struct.Struct("=I")
 """A block that has been read; several may be given back at once."""
 GIVEN_AT_ONCE, LARGE_BYTES = 4, 2**18
 """Blocks that are given back together, unless one of them is large."""
-_ALIGNED = 64
 _FILE_BYTES = array.array("i").itemsize
-MAX_PACKINGS = 64
-"""Packings of which a block keeps the views."""
 _CREDENTIALS = struct.Struct("=iII")
 PATIENCE_S = 60.0
 
@@ -61,58 +57,6 @@ class Alarm:
             os.close(fd)
 
 
-class Packing:
-    """How the tensors of a message lie in a block. Made once for all messages of a kind: blocks know it by its identity.
-
-    Args:
-        tensors: shape, strides and dtype of each; dense.
-
-    Attributes:
-        size: bytes that they take, every tensor from a multiple of 64 on.
-    """
-
-    def __init__(self, tensors: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
-        self._tensors = tensors
-        self.size = sum(_room(shape, dtype) for shape, _, dtype in tensors)
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raises ValueError where tensors are not of these shapes and dtypes."""
-        for tensor, (shape, _, dtype) in zip(tensors, self._tensors, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype:
-                got = f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"
-                raise ValueError(f"{got} where one of {tuple(shape)} and {dtype} is due")
-
-    def views(self, block: Tensor) -> list[Tensor]:
-        """The tensors on a block's bytes."""
-        views, offset = [], 0
-        for shape, stride, dtype in self._tensors:
-            end = offset + math.prod(shape) * dtype.itemsize
-            views.append(block[offset:end].view(dtype).as_strided(shape, stride, offset // dtype.itemsize))
-            offset += _room(shape, dtype)
-        return views
-
-
-@dataclass(slots=True)
-class _Block:
-    """Memory that two processes have mapped."""
-
-    bytes: Tensor
-    _views: dict[Packing, list[Tensor]] = field(default_factory=dict)
-
-    def views(self, packing: Packing) -> list[Tensor]:
-        views = self._views.get(packing)
-        if views is None:
-            if len(self._views) == MAX_PACKINGS:
-                self._views.clear()
-            views = self._views[packing] = packing.views(self.bytes)
-        return views
-
-
-def copies(views: Sequence[Tensor]) -> list[Tensor]:
-    """What a receiver makes of a message's tensors, which are the sender's again afterwards."""
-    return [view.clone() for view in views]
-
-
 class Inbox:
     """The receiving end.
 
@@ -126,7 +70,7 @@ class Inbox:
         self._listener.bind("")  # the system chooses the name
         self._listener.listen(1)
         self.address: bytes = self._listener.getsockname()
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, Block] = {}
         self._arrived: dict[int, tuple[int, int]] = {}
         self._read: list[int] = []
         self._expected = self._heard = 0
@@ -202,7 +146,7 @@ class Inbox:
             raise RuntimeError("Connection closed: the process that sends has ended")
         is_new, place, size = _ANNOUNCED.unpack(said)
         if is_new:
-            self._blocks[place] = _Block(_memory(self._file()))
+            self._blocks[place] = Block.of_file(self._file())
         self._arrived[self._heard] = place, size
         self._heard += 1
         return True
@@ -239,7 +183,7 @@ class Outbox:
 
     def __init__(self, address: bytes) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._free: list[int] = []
         try:
             self._socket.connect(address)
@@ -277,7 +221,7 @@ class Outbox:
         fd = os.memfd_create("autopipe", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         place = self._free.pop() if self._free else len(self._blocks)
-        self._blocks[place : place + 1] = [_Block(_memory(os.dup(fd)))]
+        self._blocks[place : place + 1] = [Block.of_file(os.dup(fd))]
         return place, fd
 
     def _regain(self) -> bool:
@@ -314,16 +258,3 @@ class Arrival:
     def done(self) -> bool:
         """Whether `join` would not block."""
         return self._taken is not None or self._inbox.has(self._number)
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """The bytes of a block that a tensor takes."""
-    return -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
-
-
-def _memory(fd: int) -> Tensor:
-    """The bytes of a file in memory, mapped; the descriptor is closed."""
-    try:
-        return torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8)
-    finally:
-        os.close(fd)

@@ -10,9 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from autopipe.engine.blocks import Packing
 from autopipe.engine.context import Context
 from autopipe.engine.evidence import host_identity
-from autopipe.engine.lane import Inbox, Outbox, Packing, available
+from autopipe.engine.lane import Inbox, Outbox, available
 from profiler.links import Way
 
 _LOG = logging.getLogger("autopipe.engine")

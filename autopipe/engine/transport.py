@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopipe.engine.blocks import Packing
 from autopipe.engine.context import Context
-from autopipe.engine.lane import Inbox, Outbox, Packing
+from autopipe.engine.lane import Inbox, Outbox
 from autopipe.engine.lanes import Lanes, close_lanes, open_lanes
 
 Flow = tuple[int, int]

@@ -9,17 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopipe.engine.lane import (
-    _ANNOUNCED,
-    GIVEN_AT_ONCE,
-    LARGE_BYTES,
-    MAX_PACKINGS,
-    Alarm,
-    Inbox,
-    Outbox,
-    Packing,
-    available,
-)
+from autopipe.engine.blocks import MAX_PACKINGS, Packing
+from autopipe.engine.lane import _ANNOUNCED, GIVEN_AT_ONCE, LARGE_BYTES, Alarm, Inbox, Outbox, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
 
