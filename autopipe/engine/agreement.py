@@ -200,7 +200,8 @@ class LossSum:
 
     def _with_stop(self) -> Tensor:
         losses = torch.stack(self._losses).float().cpu() if self._losses else torch.zeros(0)
-        return torch.stack([losses @ torch.tensor(self._weights), torch.tensor(float(self._context.preemption.asked))])
+        total = (losses * torch.tensor(self._weights)).sum()  # a product of matrices would follow autocast
+        return torch.stack([total, torch.tensor(float(self._context.preemption.asked))])
 
     def finish(self) -> Tensor:
         """The loss on the CPU. Collective.
