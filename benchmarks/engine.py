@@ -44,7 +44,7 @@ SIZES = (
     ("mlp 4", "mlp", 128, (64,), 3),
     ("mlp 10", "mlp", 256, (64,), 3),
     ("mlp 15", "mlp", 256, (96,), 3),
-    ("mlp 20", "mlp", 256, (128,), 3),
+    ("mlp 20", "mlp", 256, (160,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
 FREED_GOES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
