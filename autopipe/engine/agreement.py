@@ -1,7 +1,8 @@
 """What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
 
 On a CPU both run beside the computes: the comparison is waited for before the first transfer, and the loss is summed from the last
-forward on, or from the first backward on where a rank has none to add. Where lanes join the ranks of the only replica, each compares with its neighbours alone, and otherwise all together.
+forward on, or from the first backward on where a rank has none to add. Where lanes join the ranks of the only replica, each compares
+with its neighbours alone, and otherwise all together.
 """
 
 from __future__ import annotations

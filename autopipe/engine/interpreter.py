@@ -64,6 +64,7 @@ def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> No
             run.send_backward(action)
         case "REDUCE_GRAD":
             reduce(action.microbatch)
-        case _:
+        case "B" | "I" | "W":
+            part = {"B": run.backward, "I": run.input_gradients, "W": run.weight_gradients}[action.kind]
             with torch._C._DisableAutocast():  # a backward runs in the dtypes that its forward chose
-                {"B": run.backward, "I": run.input_gradients, "W": run.weight_gradients}[action.kind](action)
+                part(action)

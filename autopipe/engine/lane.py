@@ -138,9 +138,7 @@ class Inbox:
             said = self._socket.recv(_ANNOUNCED.size)
         except BlockingIOError:
             return False
-        except (
-            ConnectionResetError
-        ):  # the sender has left without reading all that was given back; what it sent is there
+        except ConnectionResetError:  # the sender has left without reading what was given back; what it sent is there
             return self._hear()
         if not said:
             raise RuntimeError("Connection closed: the process that sends has ended")
@@ -202,11 +200,12 @@ class Outbox:
         place, fd = self._take(packing.size)
         for view, tensor in zip(self._blocks[place].views(packing), tensors, strict=True):
             view.copy_(tensor.detach())
-        self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))
-        if fd is not None:
-            try:
+        try:
+            self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))
+            if fd is not None:
                 self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
-            finally:
+        finally:
+            if fd is not None:
                 os.close(fd)
 
     def _take(self, size: int) -> tuple[int, int | None]:

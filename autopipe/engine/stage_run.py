@@ -88,7 +88,7 @@ class StageRun:
     _sending: dict[int, list[tuple[int, Handle]]] = field(default_factory=dict)
     _gradients: list[Handle] = field(default_factory=list)
     _saved: dict[int, _Saved] = field(default_factory=dict)
-    _loss_gradients: dict[float, Tensor] = field(default_factory=dict)
+    _loss_gradients: dict[tuple[float, torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
     _weights: dict[int, WeightGradients] = field(default_factory=dict)
     _input_gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -218,9 +218,10 @@ class StageRun:
 
     def _loss_gradient(self, loss: Tensor, value: float) -> Tensor:
         """A scalar of the loss's kind; most micro-batches have the same."""
-        if value not in self._loss_gradients:
-            self._loss_gradients[value] = loss.new_full(loss.shape, value)
-        return self._loss_gradients[value]
+        key = value, loss.shape, loss.dtype
+        if key not in self._loss_gradients:
+            self._loss_gradients[key] = loss.new_full(loss.shape, value)
+        return self._loss_gradients[key]
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
         """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""

@@ -161,9 +161,8 @@ class Transport:
         lane = self._lanes.get(flow)
         if isinstance(lane, Inbox) and spec.travels:
             return lane.expect(spec.packing)
-        with self._side(
-            flow
-        ):  # torch's allocator keeps memory by stream: a receive waits for no compute but those that it frees
+        # torch's allocator keeps memory by stream: a receive waits for no compute but those that have read what it is given
+        with self._side(flow):
             tensors = [_new(s, self._context.device) for s in spec.tensors]
             if not spec.travels:
                 return Works([], tensors)
