@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +65,55 @@ def test_a_rank_that_ends_its_training_earlier_is_named() -> None:
 def test_other_versions_on_a_rank_are_named_on_all() -> None:
     for message in run_ranks(_train, 2, "another torch", timeout_s=60):
         assert "rank 1 has torch 1.0" in message
+
+
+class _Slow(torch.autograd.Function):
+    """The identity, which takes `seconds` in every forward."""
+
+    seconds = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(_Slow.seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class _SlowLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Slow.apply(self.linear(x))  # type: ignore[no-any-return]
+
+
+def _slow_after_planning() -> list[str]:
+    """What rank 0 warns of where stage 1 takes much longer than it was measured."""
+    import autopipe
+    from autopipe.engine import measure
+
+    measure.PACE_EVERY_S = 0.2
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("autopipe.engine").addHandler(handler)
+    x = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4), _SlowLayer())
+    with autopipe.pipeline(
+        model, loss_fn=F.mse_loss, num_stages=2, num_microbatches=2, schedule="1f1b", split_points=["1"]
+    ) as engine:
+        engine.train_batch(x, target=x)
+        _Slow.seconds = 0.03
+        for _ in range(30):
+            engine.train_batch(x, target=x)
+    return warnings
+
+
+def test_a_stage_that_is_slower_than_its_plan_is_warned_about() -> None:
+    first, second = run_ranks(_slow_after_planning, 2, timeout_s=90)
+    assert not second
+    assert any("stage 1 on rank 1 is slow" in w and "a micro-batch where its plan" in w for w in first), first
