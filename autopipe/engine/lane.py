@@ -120,7 +120,7 @@ class Inbox:
         place, size = self._arrived.pop(number)
         if size != packing.size:
             raise RuntimeError(f"a message of {size} bytes where one of {packing.size} is due")
-        taken = take(self._blocks[place].views(packing))
+        taken = take(packing.views(self._blocks[place]))
         self._read.append(place)
         if size >= LARGE_BYTES or len(self._read) >= GIVEN_AT_ONCE:
             self._give_back()
@@ -198,8 +198,8 @@ class Outbox:
         """
         packing.check(tensors)
         place, fd = self._take(packing.size)
-        for view, tensor in zip(self._blocks[place].views(packing), tensors, strict=True):
-            view.copy_(tensor.detach())
+        for view, tensor in zip(packing.views(self._blocks[place]), tensors, strict=True):
+            view.copy_(tensor.detach() if tensor.requires_grad else tensor)
         try:
             self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))
             if fd is not None:
@@ -213,7 +213,7 @@ class Outbox:
         looked_at = 0
         while looked_at < len(self._free) or self._regain():
             place = self._free[looked_at]
-            if self._blocks[place].bytes.numel() >= size:
+            if self._blocks[place].size >= size:
                 del self._free[looked_at]
                 return place, None
             looked_at += 1
