@@ -39,7 +39,7 @@ def sleeping_schedules(num_rounds: int) -> tuple[dict[str, list[float]], dict[st
     """autopipe's schedules in turn: step times, the plans that were run, and what a nap takes by itself, in seconds."""
     layers, batch = _layers()
     num_ranks = torch.distributed.get_world_size()
-    steps = {
+    steps: dict[str, Any] = {
         name: autopipe_step(
             layers, batch, batch, mean_square, NUM_MICROBATCHES, schedule=name, num_stages=several * num_ranks
         )
@@ -47,7 +47,7 @@ def sleeping_schedules(num_rounds: int) -> tuple[dict[str, list[float]], dict[st
     }
     times = timed_rounds({**steps, "alone": plain_stage(layers[:2], batch, NUM_MICROBATCHES)}, num_rounds)
     nap_s = statistics.median(times.pop("alone")) / (6 * NUM_MICROBATCHES)
-    plans = {name: step.engine.plan for name, step in steps.items()}  # type: ignore[attr-defined]
+    plans = {name: step.engine.plan for name, step in steps.items()}
     return times, plans, nap_s
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections import UserDict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 import autopipe
 from autopipe.engine.loop import call_of
 from tests.gloo.launch import run_ranks
+from tests.gloo.logs import kept_warnings
 from tests.gloo.models import make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -50,10 +50,7 @@ def _train_on_iterators() -> dict[str, Any]:
         data_parallel=1,
         num_microbatches=2,
     )
-    warnings: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("autopipe.engine").addHandler(handler)
+    warnings = kept_warnings()
     lines: list[str] = []
     losses = engine.train(_batches(5 if rank == 1 else 7), log_every=2, log=lines.append)
 
