@@ -1,7 +1,7 @@
 """What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
 
-On a CPU both run beside the computes: the comparison is waited for before the first transfer, and the loss is summed from the last
-forward on, or from the first backward on where a rank has none to add. Where lanes join the ranks of the only replica, each compares
+On a CPU both run beside the computes: the comparison is waited for before the first transfer, and a rank begins to sum the loss once
+its actions are over, or at its first backward where it has none to add. Where lanes join the ranks of the only replica, each compares
 with its neighbours alone, and otherwise all together.
 """
 
@@ -177,25 +177,21 @@ class LossSum:
         self._early = context.device.type == "cpu"  # on CUDA the host would wait for the last forward
         self._losses: list[Tensor] = []
         self._weights: list[float] = []
-        self._open = False
         self._work: Any = None
 
     def open(self) -> None:
-        """From now on the ranks are known to make the same call, and this one has nothing more urgent to do."""
-        if not self._open:
-            self._open = True
-            self._start_if_complete()
+        """From the first backward on the ranks are known to make the same call: one that has no loss to add begins."""
+        if not self._due:
+            self.start()
 
     def add(self, loss: Tensor, weight: float) -> None:
         """The loss of a micro-batch, detached, and its share in the mean."""
         self._losses.append(loss)
         self._weights.append(weight)
-        self._due -= 1
-        self._start_if_complete()
 
-    def _start_if_complete(self) -> None:
-        ready = self._open and self._due == 0 and self._work is None
-        if ready and self._early and self._context.control is not None:
+    def start(self) -> None:
+        """Begins to sum; all losses are there. The second time it does nothing."""
+        if self._early and self._work is None and self._context.control is not None:
             self._both = self._with_stop()
             self._work = dist.all_reduce(self._both, group=self._context.control, async_op=True)
 

@@ -246,6 +246,8 @@ class Runner:
         try:
             with generators_kept(), grad, self._modes(), self._memory(step):
                 run_actions(actions, runs, reduce, stage_done, lambda: self._finish(comparison))
+                if step.loss is not None:
+                    step.loss.start()
                 self._context.watcher.enter("the end of the step", waiting=True)
                 for run in runs.values():
                     run.finish()
