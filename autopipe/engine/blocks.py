@@ -20,12 +20,16 @@ class Packing:
 
     Args:
         tensors: shape, strides and dtype of each; dense.
+        repeated: such messages come in every step, so that a block keeps its views of them.
 
     Attributes:
         size: bytes that they take, every tensor from a multiple of 64 on.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
+    def __init__(
+        self, tensors: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]], *, repeated: bool = False
+    ) -> None:
+        self.repeated = repeated
         self._places: list[tuple[Sequence[int], Sequence[int], torch.dtype, int, int]] = []
         self.size = 0
         for shape, stride, dtype in tensors:
@@ -40,22 +44,24 @@ class Packing:
                 got = f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"
                 raise ValueError(f"{got} where one of {tuple(shape)} and {dtype} is due")
 
-    def views(self, block: Block) -> list[Tensor]:
+    def views(self, memory: mmap.mmap) -> list[Tensor]:
         """The tensors on a block's memory."""
         return [
-            torch.frombuffer(block.memory, dtype=dtype, count=count, offset=offset).as_strided(shape, stride)
+            torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).as_strided(shape, stride)
             if count
             else torch.empty(shape, dtype=dtype)
             for shape, stride, dtype, count, offset in self._places
         ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
     """Memory that two processes have mapped, of `size` bytes."""
 
     memory: mmap.mmap
     size: int
+    _packing: Packing | None = None
+    _views: Sequence[Tensor] = ()
 
     @classmethod
     def of_file(cls, fd: int) -> Self:
@@ -65,6 +71,16 @@ class Block:
             return cls(mmap.mmap(fd, size), size)
         finally:
             os.close(fd)
+
+    def views(self, packing: Packing) -> Sequence[Tensor]:
+        """The tensors of a message on this memory; those of the last repeated one are kept, since between computes, when nothing
+        of it is in the processor's cache, making a view takes as long as the copy."""
+        if packing is self._packing:
+            return self._views
+        views = packing.views(self.memory)
+        if packing.repeated:
+            self._packing, self._views = packing, views
+        return views
 
 
 def copies(views: Sequence[Tensor]) -> list[Tensor]:

@@ -120,7 +120,7 @@ class Inbox:
         place, size = self._arrived.pop(number)
         if size != packing.size:
             raise RuntimeError(f"a message of {size} bytes where one of {packing.size} is due")
-        taken = take(packing.views(self._blocks[place]))
+        taken = take(self._blocks[place].views(packing))
         self._read.append(place)
         if size >= LARGE_BYTES or len(self._read) >= GIVEN_AT_ONCE:
             self._give_back()
@@ -198,7 +198,7 @@ class Outbox:
         """
         packing.check(tensors)
         place, fd = self._take(packing.size)
-        for view, tensor in zip(packing.views(self._blocks[place]), tensors, strict=True):
+        for view, tensor in zip(self._blocks[place].views(packing), tensors, strict=True):
             view.copy_(tensor.detach() if tensor.requires_grad else tensor)
         try:
             self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))

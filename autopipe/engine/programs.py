@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -150,6 +151,7 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def make_program(
+    kind: Kind,
     captured: Captured,
     stage_of: Mapping[str, int],
     layout: Layout,
@@ -158,7 +160,11 @@ def make_program(
     compiled: bool,
     recompute: Regions = (),
 ) -> Program:
-    """Cuts a captured graph and builds this rank's modules, with what the regions `recompute` name of it computed again."""
+    """Cuts a captured graph and builds this rank's modules, with what the regions `recompute` name of it computed again.
+
+    Args:
+        kind: of the calls that run it; the messages of a training step come again in the next.
+    """
     specs = tuple(with_recompute(spec, recompute) for spec in cut(captured, stage_of, layout.num_stages))
     loss_stage = None
     if captured.loss is not None:
@@ -176,11 +182,12 @@ def make_program(
         divisions=divisions,
         loss_stage=loss_stage,
         edges=edges_of(specs),
-        routes={s: _route(specs, s, layout) for s in layout.stages},
+        routes={s: _route(specs, s, layout, repeated=kind == "train") for s in layout.stages},
     )
 
 
-def _route(specs: tuple[StageSpec, ...], stage: int, layout: Layout) -> Route:
+def _route(specs: tuple[StageSpec, ...], stage: int, layout: Layout, *, repeated: bool) -> Route:
+    message = partial(_message, repeated=repeated)
     spec = specs[stage]
     sources = sorted({i.source for i in spec.inputs} - {MODEL_INPUT})
     targets = sorted({t for o in spec.outputs for t in o.targets})
@@ -189,10 +196,10 @@ def _route(specs: tuple[StageSpec, ...], stage: int, layout: Layout) -> Route:
     come = {s: layout.flow(s, stage) for s in sources + targets}
     go = {t: layout.flow(stage, t) for t in sources + targets}
     return Route(
-        received={s: _message(inputs, come[s]) for s, inputs in received.items()},
-        sent={t: _message(inputs, go[t], tuple(spec.sent_to(t))) for t, inputs in sent.items()},
-        gradients_received={t: _message(inputs, come[t]) for t, inputs in _with_gradient(sent).items()},
-        gradients_sent={s: _message(inputs, go[s]) for s, inputs in _with_gradient(received).items()},
+        received={s: message(inputs, come[s]) for s, inputs in received.items()},
+        sent={t: message(inputs, go[t], tuple(spec.sent_to(t))) for t, inputs in sent.items()},
+        gradients_received={t: message(inputs, come[t]) for t, inputs in _with_gradient(sent).items()},
+        gradients_sent={s: message(inputs, go[s]) for s, inputs in _with_gradient(received).items()},
         reads_batch=any(i.source == MODEL_INPUT for i in spec.inputs),
     )
 
@@ -203,9 +210,11 @@ def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, list[Sta
     return {peer: tensors for peer, tensors in differentiable.items() if tensors}
 
 
-def _message(inputs: list[StageInput], flow: Flow | None, places: tuple[int, ...] = ()) -> Message:
-    spec = MessageSpec([TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs])
-    return Message(tuple(i.name for i in inputs), spec, flow, places)
+def _message(
+    inputs: list[StageInput], flow: Flow | None, places: tuple[int, ...] = (), *, repeated: bool
+) -> Message:
+    tensors = [TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs]
+    return Message(tuple(i.name for i in inputs), MessageSpec(tensors, repeated), flow, places)
 
 
 @contextlib.contextmanager

@@ -82,10 +82,11 @@ class Runner:
         self, kind: Kind, training: bool, microbatch: MicroBatch, captured: Captured, stage_of: Mapping[str, int]
     ) -> None:
         """Keeps the program of the graph that was planned. Collective."""
-        self._keep(self._key(kind, training, microbatch), captured, stage_of)
+        self._keep(kind, self._key(kind, training, microbatch), captured, stage_of)
 
-    def _keep(self, key: str, captured: Captured, stage_of: Mapping[str, int]) -> Program:
+    def _keep(self, kind: Kind, key: str, captured: Captured, stage_of: Mapping[str, int]) -> Program:
         program = make_program(
+            kind,
             captured,
             stage_of,
             self._layout,
@@ -132,7 +133,7 @@ class Runner:
 
         captured, stage_of = self._context.agree(captured_here)
         self._context.require_equal(captured.graph_hash, "graph", "pass batches of the same shapes on all ranks")
-        self._keep(key, captured, stage_of)
+        self._keep(kind, key, captured, stage_of)
 
     def _program(self, key: str) -> Program:
         self._programs[key] = self._programs.pop(key)  # the most recent stands last

@@ -44,14 +44,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, eq=False)
 class MessageSpec:
-    """The tensors of a message, which go together. One object stands for all messages of a kind."""
+    """The tensors of a message, which go together. One object stands for all messages of a kind; `repeated` ones come in every step."""
 
     tensors: Sequence[TensorSpec]
+    repeated: bool = False
 
     @cached_property
     def packing(self) -> Packing:
         """How they lie in a lane's block."""
-        return Packing([(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors])
+        tensors = [(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors]
+        return Packing(tensors, repeated=self.repeated)
 
     @cached_property
     def travels(self) -> bool:
