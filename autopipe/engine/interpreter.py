@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from autopipe.engine.failure import phase_of
 from autopipe.engine.stage_run import StageRun
 from autopipe.schedule import Action
+from autopipe.schedule.actions import Kind
 
 
 class ActionFailure(Exception):
@@ -39,32 +41,40 @@ def run_actions(
     Raises:
         ActionFailure: whatever an action raised, with its place.
     """
+    perform = {stage: _methods(run, reduce) for stage, run in runs.items()}
     last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "W")}
     first = next((i for i, a in enumerate(actions) if a.peer >= 0), -1)
     for i, action in enumerate(actions):
         if i == first:
             before_transfers()
         try:
-            _execute(action, runs[action.stage], reduce)
+            perform[action.stage][action.kind](action)
             if last.get(action.stage) == i:
                 stage_done(action.stage)
         except Exception as cause:
             raise ActionFailure(action.stage, phase_of(action), cause) from cause
 
 
-def _execute(action: Action, run: StageRun, reduce: Callable[[int], None]) -> None:
-    match action.kind:
-        case "RECV_F" | "RECV_B":
-            run.receive(action)
-        case "F":
-            run.forward(action)
-        case "SEND_F":
-            run.send_forward(action)
-        case "SEND_B":
-            run.send_backward(action)
-        case "REDUCE_GRAD":
-            reduce(action.microbatch)
-        case "B" | "I" | "W":
-            part = {"B": run.backward, "I": run.input_gradients, "W": run.weight_gradients}[action.kind]
-            with torch._C._DisableAutocast():  # a backward runs in the dtypes that its forward chose
-                part(action)
+def _methods(run: StageRun, reduce: Callable[[int], None]) -> dict[Kind, Callable[[Action], None]]:
+    """What executes each kind of action of a stage."""
+    backward: dict[Kind, Callable[[Action], None]] = {
+        "B": run.backward,
+        "I": run.input_gradients,
+        "W": run.weight_gradients,
+    }
+    if torch._C._is_any_autocast_enabled():  # a backward runs in the dtypes that its forward chose
+        backward = {kind: partial(_without_autocast, part) for kind, part in backward.items()}
+    return {
+        "RECV_F": run.receive,
+        "RECV_B": run.receive,
+        "F": run.forward,
+        "SEND_F": run.send_forward,
+        "SEND_B": run.send_backward,
+        "REDUCE_GRAD": lambda action: reduce(action.microbatch),
+        **backward,
+    }
+
+
+def _without_autocast(part: Callable[[Action], None], action: Action) -> None:
+    with torch._C._DisableAutocast():
+        part(action)
