@@ -81,7 +81,11 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) ->
     Raises:
         ConfigError: there is no such tensor, or the batch is empty.
     """
-    for leaf in pytree.tree_leaves((args, dict(kwargs), target)):
+    return _size(pytree.tree_leaves((args, dict(kwargs), target)))
+
+
+def _size(leaves: Sequence[Any]) -> int:
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             if leaf.shape[0] == 0:
                 raise ConfigError(
@@ -104,9 +108,9 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_mic
 
     Every tensor whose first dimension equals the batch size is split along it; other tensors and values go to every micro-batch.
     """
-    size = batch_size(args, kwargs, target)
-    count = min(num_microbatches, size)
     leaves, spec = pytree.tree_flatten((args, dict(kwargs), target))
+    size = _size(leaves)
+    count = min(num_microbatches, size)
     pieces: list[list[Any]] = [
         list(torch.tensor_split(leaf, count))
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size

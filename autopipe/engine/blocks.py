@@ -31,6 +31,7 @@ class Packing:
     ) -> None:
         self.repeated = repeated
         self._places: list[tuple[Sequence[int], Sequence[int], torch.dtype, int, int]] = []
+        self._due = [(torch.Size(shape), dtype) for shape, _, dtype in tensors]
         self.size = 0
         for shape, stride, dtype in tensors:
             count = math.prod(shape)
@@ -39,8 +40,10 @@ class Packing:
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raises ValueError where tensors are not of these shapes and dtypes."""
-        for tensor, (shape, _, dtype, _, _) in zip(tensors, self._places, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype:
+        if [(t.shape, t.dtype) for t in tensors] == self._due:
+            return
+        for tensor, (shape, dtype) in zip(tensors, self._due, strict=True):
+            if (tensor.shape, tensor.dtype) != (shape, dtype):
                 got = f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}"
                 raise ValueError(f"{got} where one of {tuple(shape)} and {dtype} is due")
 
