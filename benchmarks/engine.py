@@ -5,7 +5,7 @@
 compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link that was measured.
-divide:  how much longer a backward takes in two parts (the simulator's SPLIT_OVERHEAD).
+divide:  how much longer a backward takes in two parts (the simulator's SPLIT_SHARE and SPLIT_NODE_US).
 
 One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, loss, backward, optimizer),
 measured in the same rounds; "own" is the same of what its forwards and backwards took in the step itself, beside the other rank and with other
@@ -31,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
+from autopipe.schedule.costs import SPLIT_NODE_US, SPLIT_SHARE  # noqa: E402
 from benchmarks.pipelines import rounds  # noqa: E402
 from benchmarks.pipelines.launch import on_ranks  # noqa: E402
 from benchmarks.pipelines.models import Residual, Scale, Transformer, mean_square  # noqa: E402
@@ -47,6 +48,7 @@ SIZES = (
     ("mlp 20", "mlp", 256, (160,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
+DEEP = (("mlp deep", "mlp", 64, (32,), 6), ("mlp 40", "mlp", 256, (160,), 6), ("gpt2 small", "gpt", 64, (2, 32), 2))
 FREED_GOES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """So that what a process holds is what it uses."""
 OURS = ("autopipe", "eager")
@@ -121,15 +123,19 @@ def sleep(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def divide(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
+    """Of the last stage, which also computes the loss: one node more."""
     rows = []
-    for name, kind, width, shape, each in SIZES:
-        (found,) = on_ranks(rounds.divided, 1, partial(make, kind, width, shape, each, 1, 1), num_rounds)
-        whole, parts = rounds.median_ms(found["whole"]), (rounds.median_ms(found[k]) for k in ("inputs", "weights"))
-        first, second = parts
-        rows.append(
-            {"stages": name, "whole ms": whole, "inputs ms": first, "weights ms": second}
-            | {"over whole": (first + second) / whole}
-        )
+    for name, kind, width, shape, each in (*SIZES, *DEEP):
+        built = partial(make, kind, width, shape, each, NUM_STAGES, NUM_MICROBATCHES)
+        *_, (nodes, times) = on_ranks(rounds.divided, NUM_STAGES, built, NUM_MICROBATCHES, num_rounds)
+        whole, inputs, weights = (rounds.median_ms(times[kind]) for kind in "BIW")
+        row = {"stages": name, "nodes": nodes, "whole ms": whole, "inputs ms": inputs, "weights ms": weights}
+        longer = {
+            "longer by ms": inputs + weights - whole,
+            "expected ms": SPLIT_SHARE * whole + SPLIT_NODE_US * nodes / 1e3,
+        }
+        rows.append(row | longer)
+        print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)
     return rows
 
 

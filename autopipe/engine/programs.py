@@ -210,9 +210,7 @@ def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, list[Sta
     return {peer: tensors for peer, tensors in differentiable.items() if tensors}
 
 
-def _message(
-    inputs: list[StageInput], flow: Flow | None, places: tuple[int, ...] = (), *, repeated: bool
-) -> Message:
+def _message(inputs: list[StageInput], flow: Flow | None, places: tuple[int, ...] = (), *, repeated: bool) -> Message:
     tensors = [TensorSpec(shape=i.shape, dtype=i.dtype, stride=i.stride) for i in inputs]
     return Message(tuple(i.name for i in inputs), MessageSpec(tensors, repeated), flow, places)
 

@@ -25,7 +25,6 @@ from autopipe.partition.constraints import Constraints
 from autopipe.partition.layouts import Layout, layouts, memory_limits, nominal_link, stage_devices
 from autopipe.partition.planning import Asked, planned
 from autopipe.plan import Candidate, Plan
-from autopipe.schedule.costs import SPLIT_OVERHEAD
 from autopipe.simulate import plan_costs, rank_peak_bytes, rescheduled, schedules_for, step_time_us
 from autopipe.simulate.reschedule import WORTH_TRYING, within_memory
 from profiler.records import Profile
@@ -311,7 +310,7 @@ class _Search:
                 way.num_microbatches,
                 name,
                 num_ranks=ranks,
-                split_overhead=SPLIT_OVERHEAD,
+                split_us=costs.split_us,
                 reduce_us=costs.reduce_us,
             )
 

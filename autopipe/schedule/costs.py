@@ -12,8 +12,9 @@ from autopipe.schedule.actions import Action, Edge
 Link = tuple[float, float | None]
 """How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
 
-SPLIT_OVERHEAD = 0.1
-"""How much longer a plan's backward takes in two parts than in one: graphs are kept longer, and walked in between."""
+SPLIT_SHARE, SPLIT_NODE_US = 0.08, 16.0
+"""How much longer a plan's backward takes in two parts than in one: a share of it, since activations are read twice, and the time
+in which the host walks its graph, for each node of the stage (`benchmarks/engine.py divide`)."""
 
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
 
@@ -29,7 +30,7 @@ class Costs:
         static_bytes: what each stage holds all the time.
         reduce_us: time of summing the gradients of each stage over the replicas, after its last backward; empty: none.
         weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
-        split_overhead: how much longer the two parts take than the backward in one.
+        split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
     """
 
     forward_us: tuple[float, ...]
@@ -39,7 +40,7 @@ class Costs:
     static_bytes: tuple[int, ...] = ()
     reduce_us: tuple[float, ...] = ()
     weight_share: float = 0.5
-    split_overhead: float = 0.0
+    split_us: tuple[float, ...] = ()
 
     @classmethod
     def default(cls, num_stages: int, edges: Iterable[Edge]) -> Self:
@@ -58,12 +59,16 @@ class Costs:
             case "B":
                 return self.backward_us[action.stage]
             case "I":
-                return self.backward_us[action.stage] * (1 + self.split_overhead) * (1 - self.weight_share)
+                return self._divided_us(action.stage) * (1 - self.weight_share)
             case "W":
-                return self.backward_us[action.stage] * (1 + self.split_overhead) * self.weight_share
+                return self._divided_us(action.stage) * self.weight_share
             case "SEND_F":
                 return self.links.get((action.stage, action.peer), (0.0, 0.0))[0]
             case "SEND_B":
                 return self.links.get((action.peer, action.stage), (0.0, 0.0))[1] or 0.0
             case _:
                 return 0.0
+
+    def _divided_us(self, stage: int) -> float:
+        """Both parts of a stage's backward."""
+        return self.backward_us[stage] + (self.split_us[stage] if self.split_us else 0.0)

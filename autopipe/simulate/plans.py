@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autopipe.plan import Plan
 from autopipe.schedule import Costs, Edge, Schedule, build_schedule
-from autopipe.schedule.costs import SPLIT_OVERHEAD, Link
+from autopipe.schedule.costs import SPLIT_NODE_US, SPLIT_SHARE, Link
 from autopipe.simulate.play import count_live, simulate_schedule
 from autopipe.simulate.timeline import Timeline
 from profiler.records import LinkProfile
@@ -81,7 +81,16 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None, num_ranks: int | Non
         activation_bytes=tuple(s.activation_bytes // n for s, n in zip(plan.stages, in_flight, strict=True)),
         static_bytes=tuple(s.peak_bytes - s.activation_bytes for s in plan.stages),
         reduce_us=tuple(s.reduce_us for s in plan.stages),
-        split_overhead=SPLIT_OVERHEAD,
+        split_us=_split_us(plan),
+    )
+
+
+def _split_us(plan: Plan) -> tuple[float, ...]:
+    """How much longer each stage's backward takes in two parts; a stage that sends no gradient back has but one."""
+    divided = {t.target for t in plan.transfers if t.backward_bytes}
+    return tuple(
+        SPLIT_SHARE * stage.backward_us + SPLIT_NODE_US * len(stage.nodes) if stage.index in divided else 0.0
+        for stage in plan.stages
     )
 
 

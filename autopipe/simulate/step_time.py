@@ -27,7 +27,7 @@ def step_time_us(
     *,
     num_ranks: int | None = None,
     weight_share: float = 0.5,
-    split_overhead: float = 0.0,
+    split_us: Sequence[float] = (),
     reduce_us: Sequence[float] = (),
 ) -> float:
     """Makespan of a step; equal to that of `simulate_schedule` on the schedule that was built with the same costs.
@@ -40,7 +40,7 @@ def step_time_us(
         schedule: a kind that `build_schedule` knows.
         num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
         weight_share: the part of the backward that computes weight gradients, where the schedule splits it.
-        split_overhead: how much longer the two parts take than the backward in one.
+        split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
         reduce_us: of each stage, the sum of its gradients over the replicas, after its last backward.
     """
     pairs = tuple(sorted(links))
@@ -49,8 +49,9 @@ def step_time_us(
     backward_links = [links[pair][1] or 0.0 for pair in pairs]
     timed_links = any(forward_links) or any(backward_links)
     rows = _rows(schedule, len(forward_us), num_microbatches, edges, timed_links, num_ranks or len(forward_us))
-    inputs = [b * (1 + split_overhead) * (1 - weight_share) for b in backward_us]
-    weights = [b * (1 + split_overhead) * weight_share for b in backward_us]
+    divided_us = [b + more for b, more in zip(backward_us, split_us or [0.0] * len(backward_us), strict=True)]
+    inputs = [b * (1 - weight_share) for b in divided_us]
+    weights = [b * weight_share for b in divided_us]
     end = _ends(rows, [0.0, *forward_us, *backward_us, *inputs, *weights, *forward_links, *backward_links])
     if not any(reduce_us):
         return max(end)

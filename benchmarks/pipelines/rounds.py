@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopipe.engine.split_backward import Division, input_gradients
-from benchmarks.pipelines.peers import PEERS, Sgd, Step
+from autopipe.engine.clock import Span
+from benchmarks.pipelines.peers import PEERS, Sgd, Step, autopipe_step
 
 
 def timed_rounds(
@@ -39,10 +38,15 @@ def timed_rounds(
     return times
 
 
+def spans_of(step: Any) -> list[Span]:
+    """What this rank computed in the last step of an engine."""
+    _, spans = step.engine._measured.last_step()
+    return [s for s in spans if not s.waiting]
+
+
 def computes_s(step: Any) -> float:
     """What the forwards and backwards of this rank took in the last step of an engine."""
-    _, spans = step.engine._measured.last_step()
-    return sum(s.end_us - s.start_us for s in spans if not s.waiting) / 1e6
+    return sum(s.end_us - s.start_us for s in spans_of(step)) / 1e6
 
 
 def plain_stage(
@@ -104,25 +108,23 @@ def peak_memory(
     return (_status("VmHWM") - before) / 1e3
 
 
-def divided(make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of the backward of the layers, whole and in its two parts, in turn."""
-    layers, batch, target, _ = make()
-    module, times = nn.Sequential(*layers), dict[str, list[float]](whole=[], inputs=[], weights=[])
+def divided(
+    make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_microbatches: int, num_rounds: int
+) -> tuple[int, dict[str, list[float]]]:
+    """The nodes of this rank's stage, and the seconds of a micro-batch's backward in each step: whole under 1F1B (B), and in its two
+    parts under ZB-H1 (I, W), in turn."""
+    built = make()
+    steps = {n: autopipe_step(*built, num_microbatches, schedule=n) for n in ("1f1b", "zb-h1")}
+    times: dict[str, list[float]] = {kind: [] for kind in "BIW"}
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        times[name].append(time.perf_counter() - start)
-        return result
+    def note(name: str) -> None:
+        spans = [s for s in spans_of(steps[name]) if s.action.kind in times]
+        for kind in {s.action.kind for s in spans}:
+            took_us = sum(s.end_us - s.start_us for s in spans if s.action.kind == kind)
+            times[kind].append(took_us / num_microbatches / 1e6)
 
-    for _ in range(num_rounds):
-        x = batch.clone().requires_grad_()
-        y = module(x)
-        timed("whole", partial(torch.autograd.backward, [y], [target]))
-        y = module(x)
-        rest = timed("inputs", partial(input_gradients, [y], [target], [x], Division()))
-        timed("weights", rest.run)
-    return times
+    timed_rounds(steps, num_rounds, after=note)
+    return len(steps["1f1b"].engine.plan.stages[dist.get_rank()].nodes), times
 
 
 def _status(key: str) -> float:

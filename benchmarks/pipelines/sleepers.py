@@ -24,7 +24,7 @@ def simulated_s(plan: Plan, nap_s: float) -> float:
     num_ranks = plan.num_ranks or plan.num_stages
     nap_us = 1e6 * nap_s * 2 * num_ranks / plan.num_stages
     stages = tuple(dataclasses.replace(s, forward_us=nap_us, backward_us=2 * nap_us) for s in plan.stages)
-    costs = dataclasses.replace(plan_costs(dataclasses.replace(plan, stages=stages)), split_overhead=0.0)
+    costs = dataclasses.replace(plan_costs(dataclasses.replace(plan, stages=stages)), split_us=())
     edges = [Edge(s, s + 1) for s in range(plan.num_stages - 1)]
     actions = build_schedule(plan.schedule, plan.num_stages, NUM_MICROBATCHES, edges, costs=costs, num_ranks=num_ranks)
     return simulate_schedule(actions, costs).makespan_us / 1e6

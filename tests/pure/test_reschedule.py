@@ -7,18 +7,28 @@ import pytest
 
 from autopipe.errors import ScheduleError
 from autopipe.plan import Plan, StagePlan, Transfer
-from autopipe.simulate import UNDIVIDED, fastest_schedule, rank_peak_bytes, rescheduled, schedules_for, simulate
+from autopipe.schedule import Action
+from autopipe.schedule.costs import SPLIT_NODE_US, SPLIT_SHARE
+from autopipe.simulate import (
+    UNDIVIDED,
+    fastest_schedule,
+    plan_costs,
+    rank_peak_bytes,
+    rescheduled,
+    schedules_for,
+    simulate,
+)
 from profiler.records import LinkProfile
 
 
-def plan(num_stages: int = 4, num_microbatches: int = 8, **values: object) -> Plan:
+def plan(num_stages: int = 4, num_microbatches: int = 8, unit_us: float = 1.0, **values: object) -> Plan:
     in_flight = [min(num_stages - k, num_microbatches) for k in range(num_stages)]
     stages = tuple(
         StagePlan(
             index=k,
             nodes=(f"n{k}",),
-            forward_us=1.0,
-            backward_us=2.0,
+            forward_us=unit_us,
+            backward_us=2 * unit_us,
             peak_bytes=100 + 10 * n,
             activation_bytes=10 * n,
         )
@@ -60,15 +70,33 @@ def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
     assert fastest_schedule(plan(memory_limit_bytes=50), schedules=["gpipe", "1f1b"]).schedule == "1f1b"
     assert schedules_for(4, 4)[0] == "1f1b"
     assert schedules_for(4, 2) == ("interleaved",)
-    assert fastest_schedule(plan(step_us=simulate(plan()).makespan_us)).schedule == "zb-h1"
     slow = LinkProfile(latency_us=1.0, bytes_per_us=math.inf, overlap=1.0)
     waits = plan(link=slow, step_us=simulate(plan(link=slow)).makespan_us)
     eager = fastest_schedule(waits, schedules=UNDIVIDED)
     assert eager.schedule == "eager-1f1b"
     assert eager.stages[0].activation_bytes == 70  # of 2 K - 1 = 7 micro-batches
     assert fastest_schedule(dataclasses.replace(waits, memory_limit_bytes=140), schedules=UNDIVIDED) != eager
-    many = plan(num_microbatches=400)
-    many = dataclasses.replace(many, step_us=simulate(many).makespan_us)
-    assert fastest_schedule(many) == many  # the bubble costs less than dividing backwards
     with pytest.raises(ScheduleError, match="2 stages on 4 ranks"):
         fastest_schedule(plan(2), num_ranks=4)
+
+
+def timed(**values: int) -> Plan:
+    untimed = plan(**values)
+    return dataclasses.replace(untimed, step_us=simulate(untimed).makespan_us)
+
+
+def test_backwards_are_divided_where_that_costs_less_than_the_bubble() -> None:
+    assert fastest_schedule(timed(unit_us=1000)).schedule == "zb-h1"
+    assert fastest_schedule(timed(unit_us=1000, num_microbatches=400)).schedule == "1f1b"  # hardly a bubble
+    assert fastest_schedule(timed(unit_us=10)).schedule == "1f1b"  # walking a graph takes longer than its stage
+
+
+def test_a_divided_backward_takes_longer_by_a_share_and_by_the_nodes_of_its_stage() -> None:
+    nodes = ((), tuple(f"m{i}" for i in range(49)))
+    stages = tuple(
+        dataclasses.replace(s, nodes=s.nodes + more) for s, more in zip(plan(2, unit_us=500).stages, nodes, strict=True)
+    )
+    costs = plan_costs(dataclasses.replace(plan(2, unit_us=500), stages=stages))
+    assert costs.split_us == (0.0, SPLIT_SHARE * 1000 + SPLIT_NODE_US * 50)  # the first stage sends no gradient back
+    parts = [costs.duration_us(Action(kind, 1, 0)) for kind in ("I", "W")]
+    assert sum(parts) == pytest.approx(costs.duration_us(Action("B", 1, 0)) + costs.split_us[1])
