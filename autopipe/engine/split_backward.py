@@ -8,8 +8,8 @@ Where a node of the path also leads off it, to parameters, it is a *junction*:
                      weight, bias  weight, bias           beside it
 
 The first part runs the path alone and catches the gradient that arrives at each junction; autograd computes only what is asked for,
-so that an `addmm` there multiplies once and not twice. The second part starts at each junction and computes what lies beside the
-path. The idea is that of zero-bubble schedules (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
+so that an `addmm` there multiplies once and not twice. The second part calls each junction for what lies beside the path. The idea
+is that of zero-bubble schedules (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
 
 Some parameters get their gradients in the first part, since the second would count or compute something twice: those reached
 from several junctions (a weight that a stage uses twice), those of normalisations (their backward gives all gradients in one pass),
@@ -20,7 +20,7 @@ region (it would be computed again once more).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ from autopipe.capture.checkpointing import CheckpointRegion
 from autopipe.stages import StageModule
 
 _ROOTS, _FIRST_PART = "roots", "first part"
+AT_ONCE_BYTES = 2**25
+"""Parameters whose gradients the second part makes before it adds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +60,49 @@ def division_of(module: StageModule) -> Division:
     return Division(whole=hooks, with_inputs=frozenset(p for region in regions for p in region.body.parameters()))
 
 
-@dataclass(slots=True)
-class _Group:
-    """Parameters that one junction, or the roots alone, lead to; `edges` and `gradients` are where their part begins."""
+@dataclass(frozen=True, slots=True)
+class _Junction:
+    """What the second part starts from: a node of the path, the gradients that have arrived at it, and what lies beside the path
+    from there on: edges, each with the place of its gradient among those that the node gives, and the parameters they lead to."""
 
-    parameters: list[Tensor] = field(default_factory=list)
-    edges: list[Any] = field(default_factory=list)
-    gradients: list[Tensor | None] = field(default_factory=list)
+    node: Any
+    gradients: Sequence[Tensor | None]
+    beside: Sequence[tuple[int, GradientEdge]]
+    parameters: Sequence[Tensor]
 
 
 class WeightGradients:
-    """The second part, to be run once. It keeps the stage's activations alive until then."""
+    """The second part, to be run once. It keeps the stage's activations alive until then.
 
-    def __init__(self, groups: Iterable[_Group]) -> None:
-        self._groups = list(groups)
+    Args:
+        roots, gradients: tensors to differentiate that do not depend on the stage's inputs, and theirs.
+        parameters: those that are reached from such roots alone; empty where that is not known.
+        junctions: from where all other parameters are reached.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Tensor] = (),
+        gradients: Sequence[Tensor | None] = (),
+        parameters: Sequence[Tensor] = (),
+        junctions: Iterable[_Junction] = (),
+    ) -> None:
+        self._roots, self._gradients, self._parameters = roots, gradients, parameters
+        self._junctions = list(junctions)
 
     def run(self) -> None:
         """Adds the gradients to the parameters' `.grad`."""
-        for group in self._groups:
-            torch.autograd.backward(group.edges, group.gradients, inputs=group.parameters or None)
-        self._groups.clear()
+        if self._roots:
+            torch.autograd.backward(self._roots, self._gradients, inputs=self._parameters or None)
+        self._roots = self._gradients = self._parameters = ()
+        while self._junctions:
+            some = [self._junctions.pop(0)]
+            num_bytes = _num_bytes(some[0])
+            while self._junctions and (num_bytes := num_bytes + _num_bytes(self._junctions[0])) <= AT_ONCE_BYTES:
+                some.append(self._junctions.pop(0))
+            edges, gradients = _beside(some)
+            if edges:
+                torch.autograd.backward(edges, gradients, inputs=[p for j in some for p in j.parameters])
 
 
 def input_gradients(
@@ -90,37 +115,80 @@ def input_gradients(
         inputs: leaves that require a gradient.
     """
     if not roots:
-        return WeightGradients(())
+        return WeightGradients()
     if division.whole:
         torch.autograd.backward(roots, gradients)
-        return WeightGradients(())
+        return WeightGradients()
     root_nodes = [get_gradient_edge(r).node for r in roots]
     parents = _parents(root_nodes)
     path = _above([get_gradient_edge(i).node for i in inputs], parents)
     if not path:
-        return WeightGradients([_Group(edges=list(roots), gradients=list(gradients))])
+        return WeightGradients(roots, gradients)
     owners = _owners(root_nodes, parents, path)
-    groups: dict[Any, _Group] = {}
+    parameters: dict[Any, list[Tensor]] = {}
     first: list[Tensor] = list(inputs)
     for node, owner in owners.items():
         if type(node).__name__ == "AccumulateGrad":
             if owner is _FIRST_PART or node.variable in division.with_inputs:
                 first.append(node.variable)
             else:
-                groups.setdefault(owner, _Group()).parameters.append(node.variable)
+                parameters.setdefault(owner, []).append(node.variable)
+    of_roots = parameters.pop(_ROOTS, [])
     caught: dict[Any, Sequence[Tensor | None]] = {}
-    hooks = [node.register_prehook(partial(_catch, caught, node)) for node in groups if node is not _ROOTS]
-    torch.autograd.backward(roots, gradients, retain_graph=bool(groups), inputs=first)
+    hooks = [node.register_prehook(partial(_catch, caught, node)) for node in parameters]
+    torch.autograd.backward(roots, gradients, retain_graph=bool(parameters or of_roots), inputs=first)
     for hook in hooks:
         hook.remove()
-    for node, group in groups.items():
-        if node is _ROOTS:
-            beside = [i for i, n in enumerate(root_nodes) if n not in path]
-            group.edges, group.gradients = [roots[i] for i in beside], [gradients[i] for i in beside]
-        else:
-            arrived = [(i, g) for i, g in enumerate(caught.get(node, ())) if g is not None]
-            group.edges, group.gradients = [GradientEdge(node, i) for i, _ in arrived], [g for _, g in arrived]
-    return WeightGradients(g for g in groups.values() if g.edges)
+    alone = [i for i, n in enumerate(root_nodes) if of_roots and n not in path]
+    junctions = [
+        _Junction(node, caught[node], _edges(node, owners), lead_to)
+        for node, lead_to in parameters.items()
+        if any(g is not None for g in caught.get(node, ()))
+    ]
+    return WeightGradients([roots[i] for i in alone], [gradients[i] for i in alone], of_roots, junctions)
+
+
+def _edges(junction: Any, owners: dict[Any, Any]) -> list[tuple[int, GradientEdge]]:
+    """The edges by which a junction leads off the path to what it alone leads to."""
+    children = enumerate(junction.next_functions)
+    return [(i, GradientEdge(child, place)) for i, (child, place) in children if owners.get(child) is junction]
+
+
+def _beside(junctions: Sequence[_Junction]) -> tuple[list[GradientEdge], list[Tensor]]:
+    """The edges beside the path, and the gradients that the junctions give to them.
+
+    A backward that starts at a junction first walks all that lies below it, up to the stage's inputs, so that one for each would
+    take a time that grows with the square of the stage's length. The nodes are called instead, inside of a backward that catches
+    gradients at these edges and executes nothing but a leaf: a node computes only what the backward that it is called in asks for.
+    """
+    edges = [edge for j in junctions for _, edge in j.beside]
+    found: list[Tensor | None] = []
+
+    def call(_: Tensor) -> None:
+        for junction in junctions:
+            given = junction.node(*junction.gradients)
+            given = given if isinstance(given, tuple) else (given,)
+            found.extend(given[i] for i, _ in junction.beside)
+
+    leaf = torch.zeros((), requires_grad=True)
+    called = leaf.clone()
+    called.register_hook(call)  # type: ignore[no-untyped-call]
+    caught: list[Any] = [leaf, *edges]
+    torch.autograd.grad(called, caught, allow_unused=True)
+    pairs = [(e, _fitting(g, e)) for e, g in zip(edges, found, strict=True) if g is not None]
+    return [edge for edge, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def _fitting(gradient: Tensor, edge: GradientEdge) -> Tensor:
+    """A gradient in the shape and dtype that is due at an edge, as autograd makes it of what a node gives."""
+    due = edge.node._input_metadata[edge.output_nr]
+    if gradient.is_complex() and not due.dtype.is_complex:
+        gradient = gradient.real
+    return gradient.sum_to_size(due.shape).to(due.dtype)
+
+
+def _num_bytes(junction: _Junction) -> int:
+    return sum(p.nbytes for p in junction.parameters)
 
 
 def _catch(caught: dict[Any, Sequence[Tensor | None]], node: Any, gradients: Sequence[Tensor | None]) -> None:

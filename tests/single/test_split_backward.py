@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
+from autopipe.engine import split_backward
 from autopipe.engine.split_backward import Division, division_of, input_gradients
 from autopipe.stages import cut as cut_stages
 from autopipe.stages import stage_module
@@ -134,6 +136,49 @@ def test_the_first_part_leaves_weight_gradients_to_the_second() -> None:
     assert all(m.weight.grad is None and m.bias.grad is None for m in (stage.a, stage.b, stage.conv))
     rest.run()
     assert all(m.weight.grad is not None and m.bias.grad is not None for m in (stage.a, stage.b, stage.conv))
+
+
+def _second_part_s(num_layers: int) -> float:
+    """Processor time of the second part of a chain of small layers, the least of five."""
+    layers, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(num_layers))), torch.randn(2, 4, requires_grad=True)
+    times = []
+    for _ in range(5):
+        y = layers(x)
+        rest = input_gradients([y], [torch.ones_like(y)], [x], Division())
+        start = time.process_time()
+        rest.run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def test_the_second_part_takes_a_time_that_grows_with_the_length_of_the_stage_and_not_with_its_square() -> None:
+    _second_part_s(10)
+    assert _second_part_s(1600) < 16 * 4 * _second_part_s(100)
+
+
+def test_the_second_part_adds_what_it_has_made_before_it_makes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def noted(junctions: Any) -> Any:
+        made.append(sum(p.nbytes for j in junctions for p in j.parameters))
+        return beside(junctions)
+
+    beside = split_backward._beside
+    monkeypatch.setattr(split_backward, "_beside", noted)
+    monkeypatch.setattr(split_backward, "AT_ONCE_BYTES", 1000)
+    layers, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8, requires_grad=True)
+    y = layers(x)
+    input_gradients([y], [torch.ones_like(y)], [x], Division()).run()
+    assert made == [864, 288], "three layers of 288 bytes, and one"
+
+
+def test_gradients_have_the_dtype_of_their_parameters() -> None:
+    """A node may give another, which autograd converts: here of a float64 product with a float32 parameter."""
+    w, x = torch.randn(3, requires_grad=True), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    y = x * w
+    input_gradients([y], [torch.ones_like(y)], [x], Division()).run()
+    assert w.grad is not None
+    assert torch.equal(w.grad, x.detach().sum(0).float())
 
 
 class Region(nn.Module):
