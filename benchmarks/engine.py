@@ -1,14 +1,15 @@
 """The engine beside its peers: the same layers, split and data under autopipe, torch's Schedule1F1B and DeepSpeed's pipeline engine.
 
-    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,eager,torch,deepspeed] [-o FILE]
+    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,eager,auto,torch,deepspeed] [-o FILE]
 
 compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link that was measured.
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_SHARE and SPLIT_NODE_US).
 
-One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, loss, backward, optimizer),
-measured in the same rounds; "own" is the same of what its forwards and backwards took in the step itself, beside the other rank and with other
+One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B, "auto" under the
+schedule that it takes by itself. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, loss, backward,
+optimizer), measured in the same rounds; "own" is the same of what its forwards and backwards took in the step itself, beside the other rank and with other
 micro-batches in the cache: a step over it is what the engine adds. Prints tables and writes JSON. Needs deepspeed for its column: `pip install deepspeed`.
 """
 
@@ -40,18 +41,19 @@ from benchmarks.pipelines.sleepers import simulated_s, sleeping_peers, sleeping_
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
 # name, kind of layer, width, shape of a micro-batch without the width, layers of a stage
 SIZES = (
-    ("mlp 1", "mlp", 64, (32,), 2),
-    ("mlp 2", "mlp", 128, (32,), 2),
-    ("mlp 4", "mlp", 128, (64,), 3),
-    ("mlp 10", "mlp", 256, (64,), 3),
-    ("mlp 15", "mlp", 256, (96,), 3),
-    ("mlp 20", "mlp", 256, (160,), 3),
+    ("mlp 0.4", "mlp", 64, (32,), 2),
+    ("mlp 1", "mlp", 128, (32,), 2),
+    ("mlp 2", "mlp", 128, (64,), 3),
+    ("mlp 4", "mlp", 128, (128,), 3),
+    ("mlp 10", "mlp", 256, (80,), 3),
+    ("mlp 15", "mlp", 256, (136,), 3),
+    ("mlp 20", "mlp", 256, (184,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
 DEEP = (("mlp deep", "mlp", 64, (32,), 6), ("mlp 40", "mlp", 256, (160,), 6), ("gpt2 small", "gpt", 64, (2, 32), 2))
 FREED_GOES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """So that what a process holds is what it uses."""
-OURS = ("autopipe", "eager")
+OURS = ("autopipe", "eager", "auto")
 KINDS = {"mlp": Residual, "gpt": Transformer, "scale": Scale}
 
 
@@ -83,6 +85,7 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
             shares = [t / (slots * b) for t, b in zip(times[ours], busy, strict=True)]
             row[f"{ours} over own"] = statistics.median(shares)
             row |= {f"{ours} of {n}": medians[ours] / medians[n] for n in peers if n not in OURS}
+        row |= {f"{n} is": schedule for n, schedule in ranks[0]["schedules"].items() if n == "auto"}
         if kind == "mlp":  # peers draw other random numbers
             losses = [ranks[-1]["losses"][n] for n in peers]
             assert all(torch.allclose(torch.tensor(x), torch.tensor(losses[0]), rtol=1e-5) for x in losses), losses
@@ -92,8 +95,8 @@ def compute(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
-    """Under 1F1B alone: eager 1F1B holds more where there are more stages, not more micro-batches."""
-    peers = tuple(n for n in peers if n != "eager")
+    """Under 1F1B alone: others hold more where there are more stages, not more micro-batches."""
+    peers = tuple(n for n in peers if n not in OURS[1:])
     peaks: dict[tuple[str, int], list[float]] = {}
     for n in peers:
         for count in (8, 64):
@@ -146,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them where none is named")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--peers", default="autopipe,eager,torch,deepspeed")
+    parser.add_argument("--peers", default="autopipe,eager,auto,torch,deepspeed")
     parser.add_argument("-o", "--output", type=Path, default=Path("engine.json"))
     options = parser.parse_args()
     peers = tuple(options.peers.split(","))

@@ -109,6 +109,7 @@ def deepspeed_step(layers: list[nn.Module], batch: Tensor, target: Tensor, loss_
 PEERS: dict[str, Callable[..., Step]] = {
     "autopipe": autopipe_step,
     "eager": partial(autopipe_step, schedule="eager-1f1b"),
+    "auto": partial(autopipe_step, schedule="auto"),
     "torch": torch_step,
     "deepspeed": deepspeed_step,
 }

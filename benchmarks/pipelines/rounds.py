@@ -38,6 +38,12 @@ def timed_rounds(
     return times
 
 
+def schedule_of(step: Any) -> str:
+    """The schedule of an engine."""
+    schedule: str = step.engine.plan.schedule
+    return schedule
+
+
 def spans_of(step: Any) -> list[Span]:
     """What this rank computed in the last step of an engine."""
     _, spans = step.engine._measured.last_step()
@@ -91,7 +97,9 @@ def compare(
     times = timed_rounds(
         {**steps, "alone": alone}, num_rounds, after=lambda n: computes[n].append(computes_s(steps[n]))
     )
-    return {"times": times, "alone": times.pop("alone"), "losses": losses, "computes": computes}
+    schedules = {n: schedule_of(steps[n]) for n in computes}
+    alone_s = times.pop("alone")
+    return {"times": times, "alone": alone_s, "losses": losses, "computes": computes, "schedules": schedules}
 
 
 def peak_memory(
