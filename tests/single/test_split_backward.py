@@ -110,6 +110,13 @@ def _gradients(stage: nn.Module, inputs: list[Tensor], used: tuple[int, ...], *,
     return [p.grad for p in [*inputs, *stage.parameters()]]
 
 
+@pytest.fixture(params=["start at each junction", "call each junction"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "call each junction":
+        monkeypatch.setattr(split_backward, "SHORT_PATH", 0)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize("leaves", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("kind", MODELS)
@@ -128,6 +135,7 @@ def test_gradients_equal_those_of_the_whole_backward(
         assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_first_part_leaves_weight_gradients_to_the_second() -> None:
     stage, x = Plain(), torch.randn(4, 6, requires_grad=True)
     outputs = stage(x, torch.randn(4, 6))
@@ -156,22 +164,7 @@ def test_the_second_part_takes_a_time_that_grows_with_the_length_of_the_stage_an
     assert _second_part_s(1600) < 16 * 4 * _second_part_s(100)
 
 
-def test_the_second_part_adds_what_it_has_made_before_it_makes_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-
-    def noted(junctions: Any) -> Any:
-        made.append(sum(p.nbytes for j in junctions for p in j.parameters))
-        return beside(junctions)
-
-    beside = split_backward._beside
-    monkeypatch.setattr(split_backward, "_beside", noted)
-    monkeypatch.setattr(split_backward, "AT_ONCE_BYTES", 1000)
-    layers, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8, requires_grad=True)
-    y = layers(x)
-    input_gradients([y], [torch.ones_like(y)], [x], Division()).run()
-    assert made == [864, 288], "three layers of 288 bytes, and one"
-
-
+@pytest.mark.usefixtures("either_way")
 def test_gradients_have_the_dtype_of_their_parameters() -> None:
     """A node may give another, which autograd converts: here of a float64 product with a float32 parameter."""
     w, x = torch.randn(3, requires_grad=True), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -196,6 +189,7 @@ class Region(nn.Module):
         return F.dropout(torch.tanh(self.c(torch.tanh(self.b(x)))), 0.3)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_checkpoint_region_is_computed_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Region()
     captured = autopipe.capture(model, (torch.randn(4, 6),))
