@@ -12,7 +12,7 @@ from autopipe.schedule.actions import Action, Edge
 Link = tuple[float, float | None]
 """How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
 
-SPLIT_SHARE, SPLIT_NODE_US = 0.08, 16.0
+SPLIT_SHARE, SPLIT_NODE_US = 0.08, 20.0
 """How much longer a plan's backward takes in two parts than in one: a share of it, since activations are read twice, and the time
 in which the host walks its graph, for each node of the stage (`benchmarks/engine.py divide`)."""
 
