@@ -50,7 +50,12 @@ SIZES = (
     ("mlp 20", "mlp", 256, (184,), 3),
     ("gpt2 dropout", "gpt", 128, (4, 64), 2),
 )
-DEEP = (("mlp deep", "mlp", 64, (32,), 6), ("mlp 40", "mlp", 256, (160,), 6), ("gpt2 small", "gpt", 64, (2, 32), 2))
+DEEP = (
+    ("mlp deep", "mlp", 64, (32,), 6),
+    ("mlp 40", "mlp", 256, (160,), 6),
+    ("gpt2 small", "gpt", 64, (2, 32), 2),
+    ("gpt2 deep", "gpt", 64, (2, 32), 24),
+)
 FREED_GOES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """So that what a process holds is what it uses."""
 OURS = ("autopipe", "eager", "auto")

@@ -13,8 +13,8 @@ Link = tuple[float, float | None]
 """How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
 
 SPLIT_SHARE, SPLIT_NODE_US = 0.08, 20.0
-"""How much longer a plan's backward takes in two parts than in one: a share of it, since activations are read twice, and the time
-in which the host walks its graph, for each node of the stage (`benchmarks/engine.py divide`)."""
+"""How much longer a plan's backward takes in two parts than in one: a share of it, since activations are read twice, and on a CPU
+the time in which its graph is walked, for each node of the stage (`benchmarks/engine.py divide`)."""
 
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
 

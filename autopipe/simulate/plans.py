@@ -86,10 +86,14 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None, num_ranks: int | Non
 
 
 def _split_us(plan: Plan) -> tuple[float, ...]:
-    """How much longer each stage's backward takes in two parts; a stage that sends no gradient back has but one."""
+    """How much longer each stage's backward takes in two parts; a stage that sends no gradient back has but one.
+
+    On a GPU the host walks the graph while the device computes.
+    """
     divided = {t.target for t in plan.transfers if t.backward_bytes}
+    node_us = SPLIT_NODE_US if plan.device.startswith("cpu") else 0.0
     return tuple(
-        SPLIT_SHARE * stage.backward_us + SPLIT_NODE_US * len(stage.nodes) if stage.index in divided else 0.0
+        SPLIT_SHARE * stage.backward_us + node_us * len(stage.nodes) if stage.index in divided else 0.0
         for stage in plan.stages
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
         fastest_schedule(plan(2), num_ranks=4)
 
 
-def timed(**values: int) -> Plan:
+def timed(**values: Any) -> Plan:
     untimed = plan(**values)
     return dataclasses.replace(untimed, step_us=simulate(untimed).makespan_us)
 
@@ -88,7 +89,9 @@ def timed(**values: int) -> Plan:
 def test_backwards_are_divided_where_that_costs_less_than_the_bubble() -> None:
     assert fastest_schedule(timed(unit_us=1000)).schedule == "zb-h1"
     assert fastest_schedule(timed(unit_us=1000, num_microbatches=400)).schedule == "1f1b"  # hardly a bubble
-    assert fastest_schedule(timed(unit_us=10)).schedule == "1f1b"  # walking a graph takes longer than its stage
+    assert fastest_schedule(timed(unit_us=10)).schedule == "zb-h1"
+    small = timed(unit_us=10, device="cpu")
+    assert fastest_schedule(small).schedule == "1f1b"  # walking a graph takes longer than its stage
 
 
 def test_a_divided_backward_takes_longer_by_a_share_and_by_the_nodes_of_its_stage() -> None:
@@ -96,7 +99,9 @@ def test_a_divided_backward_takes_longer_by_a_share_and_by_the_nodes_of_its_stag
     stages = tuple(
         dataclasses.replace(s, nodes=s.nodes + more) for s, more in zip(plan(2, unit_us=500).stages, nodes, strict=True)
     )
-    costs = plan_costs(dataclasses.replace(plan(2, unit_us=500), stages=stages))
+    on_gpu = dataclasses.replace(plan(2, unit_us=500), stages=stages)
+    assert plan_costs(on_gpu).split_us == (0.0, SPLIT_SHARE * 1000)  # the host walks the graph meanwhile
+    costs = plan_costs(dataclasses.replace(on_gpu, device="cpu"))
     assert costs.split_us == (0.0, SPLIT_SHARE * 1000 + SPLIT_NODE_US * 50)  # the first stage sends no gradient back
     parts = [costs.duration_us(Action(kind, 1, 0)) for kind in ("I", "W")]
     assert sum(parts) == pytest.approx(costs.duration_us(Action("B", 1, 0)) + costs.split_us[1])
