@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers autopipe,eager,auto,torch,deepspeed] [-o FILE]
 
-compute: step times on 2 processes, stages of about 1 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
+compute: step times on 2 processes, stages of about 0.4 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link that was measured.
 divide:  how much longer a backward takes in two parts (the simulator's SPLIT_SHARE and SPLIT_NODE_US).
