@@ -59,7 +59,8 @@ def save_without_end(folder: str, asynchronous: bool, width: int, plan: Plan | N
 
 def last_done(folder: Path) -> int:
     file = folder.with_name(f"{folder.name}.done")
-    return int(file.read_text().splitlines()[-1]) if file.exists() else 0
+    lines = file.read_text().splitlines() if file.exists() else []
+    return int(lines[-1]) if lines else 0  # the file is there a moment before its first line
 
 
 def saved_number(folder: Path) -> int:
