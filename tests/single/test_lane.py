@@ -77,6 +77,20 @@ def test_a_block_that_is_free_is_found_behind_one_that_is_too_small(ends) -> Non
     assert [b.size for b in outbox._blocks] == [128, LARGE_BYTES]
 
 
+def test_a_block_keeps_its_views_of_repeated_messages_alone(ends) -> None:
+    outbox, inbox, _ = ends
+    repeated, other = Packing([((100,), (1,), torch.uint8)], repeated=True), packing_of(2, size=30)
+    for i in range(3):
+        for packing, message in ((repeated, bytes_of(i)), (other, bytes_of(10 + i, 20 + i, size=30))):
+            outbox.send(message, packing)
+            for there, here in zip(message, inbox.expect(packing).join(), strict=True):
+                assert torch.equal(there, here)
+    kept = [b.views(repeated)[0] for b in outbox._blocks]
+    assert [b.views(repeated)[0] is k for b, k in zip(outbox._blocks, kept, strict=True)] == [True] * len(kept)
+    assert all(b.views(other)[0] is not b.views(other)[0] for b in outbox._blocks)
+    assert [b.views(repeated)[0] is k for b, k in zip(outbox._blocks, kept, strict=True)] == [True] * len(kept)
+
+
 def test_tensors_lie_in_a_block_with_the_strides_that_are_due(ends) -> None:
     outbox, inbox, _ = ends
     x = torch.randn(3, 4, 5)
