@@ -185,6 +185,7 @@ def _call_each(junctions: deque[_Junction]) -> None:
     called.register_hook(call)  # type: ignore[no-untyped-call]
     caught: list[Any] = [leaf, *(edge for junction in junctions for _, edge in junction.beside)]
     torch.autograd.grad(called, caught, allow_unused=True)
+    assert not junctions, "a backward that did not reach its leaf"
 
 
 def _fitting(gradient: Tensor, edge: GradientEdge) -> Tensor:
