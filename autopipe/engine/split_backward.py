@@ -34,9 +34,9 @@ from autopipe.capture.checkpointing import CheckpointRegion
 from autopipe.stages import StageModule
 
 _ROOTS, _FIRST_PART = "roots", "first part"
-SHORT_PATH = 300
-"""Nodes of a path up to which walking it from each junction takes less time than calling the junctions (half of them for each, at
-0.2 µs, beside 30 µs)."""
+SHORT_PATH = 120
+"""Nodes of a path up to which a backward from each junction takes less time than calling the junctions does
+(`benchmarks/weight_gradients.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,49 @@ class _Junction:
     parameters: Sequence[Tensor]
 
 
+def _start_at_each(junctions: deque[_Junction]) -> None:
+    """A backward from each junction. It first walks all that lies below, up to the stage's inputs: over a stage the time of that
+    grows with the square of its length."""
+    while junctions:
+        junction = junctions.popleft()
+        arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
+        edges, gradients = [edge for edge, _ in arrived], [gradient for _, gradient in arrived]
+        torch.autograd.backward(edges, gradients, inputs=junction.parameters)
+
+
+def _call_each(junctions: deque[_Junction]) -> None:
+    """Calls each junction for its gradients beside the path, and runs a backward from there.
+
+    A node that is called computes what the backward that it is called in asks for. This one catches gradients at the edges beside
+    the path, and executes nothing but what a leaf was copied by, whose hook makes the calls.
+    """
+
+    def call(_: Sequence[Tensor]) -> None:
+        while junctions:
+            junction = junctions.popleft()
+            given = junction.node(*junction.gradients)
+            given = given if isinstance(given, tuple) else (given,)
+            pairs = [(e, _fitting(given[i], e)) for i, e in junction.beside if given[i] is not None]
+            torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs], inputs=junction.parameters)
+
+    leaf = torch.zeros((), requires_grad=True)
+    called = leaf.clone()
+    get_gradient_edge(called).node.register_prehook(call)
+    caught: list[Any] = [leaf, *(edge for junction in junctions for _, edge in junction.beside)]
+    torch.autograd.grad(called, caught, allow_unused=True)
+    assert not junctions, "a backward that did not reach its leaf"
+
+
+def _fitting(gradient: Tensor, edge: GradientEdge) -> Tensor:
+    """A gradient in the shape and dtype that is due at an edge, as autograd makes it of what a node gives."""
+    due = edge.node._input_metadata[edge.output_nr]
+    if gradient.is_complex() and not due.dtype.is_complex:
+        gradient = gradient.real
+    if gradient.shape != due.shape:
+        gradient = gradient.sum_to_size(due.shape)
+    return gradient.to(due.dtype)
+
+
 class WeightGradients:
     """The second part, to be run once. It keeps the stage's activations alive until then.
 
@@ -80,7 +123,7 @@ class WeightGradients:
         roots, gradients: tensors to differentiate that do not depend on the stage's inputs, and theirs.
         parameters: those that are reached from such roots alone; empty where that is not known.
         junctions: from where all other parameters are reached.
-        from_junctions: adds the gradients of those.
+        from_junctions: adds the gradients of those, and takes the junctions away.
     """
 
     def __init__(
@@ -89,7 +132,7 @@ class WeightGradients:
         gradients: Sequence[Tensor | None] = (),
         parameters: Sequence[Tensor] = (),
         junctions: Iterable[_Junction] = (),
-        from_junctions: Callable[[deque[_Junction]], None] | None = None,
+        from_junctions: Callable[[deque[_Junction]], None] = _start_at_each,
     ) -> None:
         self._roots, self._gradients, self._parameters = roots, gradients, parameters
         self._junctions, self._from_junctions = deque(junctions), from_junctions
@@ -99,8 +142,7 @@ class WeightGradients:
         if self._roots:
             torch.autograd.backward(self._roots, self._gradients, inputs=self._parameters or None)
         self._roots = self._gradients = self._parameters = ()
-        if self._from_junctions is not None and self._junctions:
-            self._from_junctions(self._junctions)
+        self._from_junctions(self._junctions)
 
 
 def input_gradients(
@@ -153,49 +195,6 @@ def _edges(junction: Any, owners: dict[Any, Any]) -> list[tuple[int, GradientEdg
     """The edges by which a junction leads off the path to what it alone leads to."""
     children = enumerate(junction.next_functions)
     return [(i, GradientEdge(child, place)) for i, (child, place) in children if owners.get(child) is junction]
-
-
-def _start_at_each(junctions: deque[_Junction]) -> None:
-    """A backward from each junction. It first walks all that lies below, up to the stage's inputs: over a stage the time of that
-    grows with the square of its length."""
-    while junctions:
-        junction = junctions.popleft()
-        arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
-        edges, gradients = [edge for edge, _ in arrived], [gradient for _, gradient in arrived]
-        torch.autograd.backward(edges, gradients, inputs=junction.parameters)
-
-
-def _call_each(junctions: deque[_Junction]) -> None:
-    """Calls each junction for its gradients beside the path, and runs a backward from there.
-
-    A node that is called computes what the backward that it is called in asks for. This one catches gradients at the edges beside
-    the path, and executes nothing but a leaf, whose hook makes the calls.
-    """
-
-    def call(_: Tensor) -> None:
-        while junctions:
-            junction = junctions.popleft()
-            given = junction.node(*junction.gradients)
-            given = given if isinstance(given, tuple) else (given,)
-            pairs = [(e, _fitting(given[i], e)) for i, e in junction.beside if given[i] is not None]
-            torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs], inputs=junction.parameters)
-
-    leaf = torch.zeros((), requires_grad=True)
-    called = leaf.clone()
-    called.register_hook(call)  # type: ignore[no-untyped-call]
-    caught: list[Any] = [leaf, *(edge for junction in junctions for _, edge in junction.beside)]
-    torch.autograd.grad(called, caught, allow_unused=True)
-    assert not junctions, "a backward that did not reach its leaf"
-
-
-def _fitting(gradient: Tensor, edge: GradientEdge) -> Tensor:
-    """A gradient in the shape and dtype that is due at an edge, as autograd makes it of what a node gives."""
-    due = edge.node._input_metadata[edge.output_nr]
-    if gradient.is_complex() and not due.dtype.is_complex:
-        gradient = gradient.real
-    if gradient.shape != due.shape:
-        gradient = gradient.sum_to_size(due.shape)
-    return gradient.to(due.dtype)
 
 
 def _catch(caught: dict[Any, Sequence[Tensor | None]], node: Any, gradients: Sequence[Tensor | None]) -> None:
