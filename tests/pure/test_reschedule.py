@@ -87,11 +87,12 @@ def timed(**values: Any) -> Plan:
 
 
 def test_backwards_are_divided_where_that_costs_less_than_the_bubble() -> None:
-    assert fastest_schedule(timed(unit_us=1000)).schedule == "zb-h1"
-    assert fastest_schedule(timed(unit_us=1000, num_microbatches=400)).schedule == "1f1b"  # hardly a bubble
-    assert fastest_schedule(timed(unit_us=10)).schedule == "zb-h1"
+    assert fastest_schedule(timed()).schedule == "zb-h1"
+    many = timed(num_microbatches=400)
+    assert fastest_schedule(many) == many  # hardly a bubble
+    assert fastest_schedule(timed(unit_us=1000, device="cpu")).schedule == "zb-h1"
     small = timed(unit_us=10, device="cpu")
-    assert fastest_schedule(small).schedule == "1f1b"  # walking a graph takes longer than its stage
+    assert fastest_schedule(small) == small  # walking a graph takes longer than its stage
 
 
 def test_a_divided_backward_takes_longer_by_a_share_and_by_the_nodes_of_its_stage() -> None:

@@ -199,9 +199,8 @@ def test_simulate_writes_what_the_suffix_says(plan: str, tmp_path: Path, capsys:
     base = json.loads(capsys.readouterr().out)
     assert len(base["bubble"]) == 2
     assert main(["simulate", "--plan", plan, "--format", "json", "--schedule", "zb-h1"]) == 0
-    divided = json.loads(
-        capsys.readouterr().out
-    )  # of stages as small as these, walking the graphs costs more than the bubble
+    divided = json.loads(capsys.readouterr().out)
+    # Of stages as small as these, walking the graphs costs more than the bubble.
     assert divided["makespan_us"] > base["makespan_us"]
 
 
