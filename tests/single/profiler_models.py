@@ -35,6 +35,7 @@ class Gpt(nn.Module):
         self.register_buffer("index", torch.arange(length))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)  # else softmax gives subnormal numbers, slow on some CPUs
         self.head.weight = self.embed.weight
 
     def forward(self, ids, target):
