@@ -157,6 +157,8 @@ class Inbox:
             except BlockingIOError:
                 self._wait()
                 continue
+            except ConnectionResetError:  # as in `_hear`: the file is there
+                continue
             if not files:
                 raise RuntimeError("Connection closed: the process that sends has ended")
             return int.from_bytes(files[0][2], sys.byteorder)

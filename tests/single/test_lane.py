@@ -126,16 +126,23 @@ def test_many_messages_wait_for_a_late_receiver(ends) -> None:
     assert not sender.is_alive()
 
 
-def test_what_was_sent_arrives_after_its_sender_has_left(ends) -> None:
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_what_was_sent_arrives_after_its_sender_has_left(ends, monkeypatch, moment: str) -> None:
+    """Before a message is heard of, or between that and the file of its new block."""
     outbox, inbox, _ = ends
-    for i in range(3):
+    for i in range(GIVEN_AT_ONCE + 2):
         outbox.send(bytes_of(i), ONE)
-    inbox.expect(ONE).join()  # given back, which the sender never reads
-    outbox.close()
+    for _ in range(GIVEN_AT_ONCE):
+        inbox.expect(ONE).join()
+    assert not inbox._read, "all are given back, which the sender never reads"
     arrivals = [inbox.expect(ONE) for _ in range(3)]
-    for i in (1, 2):
-        assert arrivals[i - 1].done()
-        assert int(arrivals[i - 1].join()[0][0]) == i
+    file = inbox._file
+    monkeypatch.setattr(inbox, "_file", lambda: (outbox.close(), file())[1])
+    if moment == "before":
+        outbox.close()
+    for i in range(2):
+        assert arrivals[i].done()
+        assert int(arrivals[i].join()[0][0]) == GIVEN_AT_ONCE + i
     with pytest.raises(RuntimeError, match="Connection closed: the process that sends has ended"):
         arrivals[2].join()
 
