@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,17 +45,20 @@ class Alarm:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC) if available() else -1
+        self._lock = threading.Lock()  # a descriptor that was given back may be another file's
 
     def ring(self) -> None:
-        """Every wait, and every one that comes, ends with an error."""
-        if self.fd >= 0:
-            os.eventfd_write(self.fd, 1)
+        """Every wait, and every one that comes, ends with an error; nothing happens once it is closed."""
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 class Inbox:
