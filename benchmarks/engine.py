@@ -5,7 +5,7 @@
 compute: step times on 2 processes, stages of about 0.4 to 20 ms, and a small GPT-2 with dropout; peers in turn within each round.
 memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
 sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link that was measured.
-divide:  how much longer a backward takes in two parts (the simulator's SPLIT_SHARE and SPLIT_NODE_US).
+divide:  how much longer a backward takes in two parts (the simulator's CPU_SPLIT_SHARE and CPU_SPLIT_NODE_US).
 
 One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B, "auto" under the
 schedule that it takes by itself. "ideal" is (M + K - 1) / M times what the slower stage computes alone (forward, loss, backward,
@@ -32,7 +32,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from autopipe.schedule.costs import SPLIT_NODE_US, SPLIT_SHARE  # noqa: E402
+from autopipe.schedule.costs import CPU_SPLIT_NODE_US, CPU_SPLIT_SHARE  # noqa: E402
 from benchmarks.pipelines import rounds  # noqa: E402
 from benchmarks.pipelines.launch import on_ranks  # noqa: E402
 from benchmarks.pipelines.models import Residual, Scale, Transformer, mean_square  # noqa: E402
@@ -140,7 +140,7 @@ def divide(peers: tuple[str, ...], num_rounds: int) -> list[dict[str, Any]]:
         row = {"stages": name, "nodes": nodes, "whole ms": whole, "inputs ms": inputs, "weights ms": weights}
         longer = {
             "longer by ms": inputs + weights - whole,
-            "expected ms": SPLIT_SHARE * whole + SPLIT_NODE_US * nodes / 1e3,
+            "expected ms": CPU_SPLIT_SHARE * whole + CPU_SPLIT_NODE_US * nodes / 1e3,
         }
         rows.append(row | longer)
         print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autopipe.plan import Plan
 from autopipe.schedule import Costs, Edge, Schedule, build_schedule
-from autopipe.schedule.costs import SPLIT_NODE_US, SPLIT_SHARE, Link
+from autopipe.schedule.costs import CPU_SPLIT_NODE_US, CPU_SPLIT_SHARE, SPLIT_SHARE, Link
 from autopipe.simulate.play import count_live, simulate_schedule
 from autopipe.simulate.timeline import Timeline
 from profiler.records import LinkProfile
@@ -91,9 +91,9 @@ def _split_us(plan: Plan) -> tuple[float, ...]:
     On a GPU the host walks the graph while the device computes.
     """
     divided = {t.target for t in plan.transfers if t.backward_bytes}
-    node_us = SPLIT_NODE_US if plan.device.startswith("cpu") else 0.0
+    share, node_us = (CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US) if plan.device.startswith("cpu") else (SPLIT_SHARE, 0.0)
     return tuple(
-        SPLIT_SHARE * stage.backward_us + node_us * len(stage.nodes) if stage.index in divided else 0.0
+        share * stage.backward_us + node_us * len(stage.nodes) if stage.index in divided else 0.0
         for stage in plan.stages
     )
 
