@@ -106,9 +106,7 @@ def test_a_divided_backward_takes_longer_by_a_share_and_by_the_nodes_of_its_stag
     on_gpu = dataclasses.replace(plan(2, unit_us=500), stages=stages)
     assert plan_costs(on_gpu).split_us == (0.0, SPLIT_SHARE * 1000)  # the host walks the graph meanwhile
     costs = plan_costs(dataclasses.replace(on_gpu, device="cpu"))
-    assert costs.split_us == (
-        0.0,
-        CPU_SPLIT_SHARE * 1000 + CPU_SPLIT_NODE_US * 50,
-    )  # the first stage sends no gradient back
+    # The first stage sends no gradient back.
+    assert costs.split_us == (0.0, CPU_SPLIT_SHARE * 1000 + CPU_SPLIT_NODE_US * 50)
     parts = [costs.duration_us(Action(kind, 1, 0)) for kind in ("I", "W")]
     assert sum(parts) == pytest.approx(costs.duration_us(Action("B", 1, 0)) + costs.split_us[1])

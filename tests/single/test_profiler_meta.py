@@ -97,9 +97,9 @@ def test_a_deep_model_costs_what_a_shallow_one_costs(monkeypatch):
     )
     counts = []
     for layers in (2, 48):
-        model, ids = Gpt(layers=layers, width=16), torch.randint(0, 211, (4, 32))
+        model, ids = Gpt(layers=layers, width=128), torch.randint(0, 211, (4, 32))
         traced = fx.symbolic_trace(model)
-        profile = profiler.profile(traced, (ids, ids), budget_s=0.0, progress=False, calibrate=False, cache=False)
+        profile = profiler.profile(traced, (ids, ids), budget_s=2.0, progress=False, calibrate=False, cache=False)
         assert len(profile.nodes) > 20 * layers
         counts.append((len(run), len(measured)))
         run.clear(), measured.clear()
