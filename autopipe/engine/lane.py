@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ GIVEN_AT_ONCE, LARGE_BYTES = 4, 2**18
 _FILE_BYTES = array.array("i").itemsize
 _CREDENTIALS = struct.Struct("=iII")
 PATIENCE_S = 60.0
+T = TypeVar("T")
 
 
 def available() -> bool:
@@ -139,11 +141,9 @@ class Inbox:
     def _hear(self) -> bool:
         """Takes note of a message, where one has come."""
         try:
-            said = self._socket.recv(_ANNOUNCED.size)
+            said = self._received(self._socket.recv, _ANNOUNCED.size)
         except BlockingIOError:
             return False
-        except ConnectionResetError:  # the sender has left without reading what was given back; what it sent is there
-            return self._hear()
         if not said:
             raise RuntimeError("Connection closed: the process that sends has ended")
         is_new, place, size = _ANNOUNCED.unpack(said)
@@ -157,15 +157,21 @@ class Inbox:
         """The file of a new block, which the sender passes on right after it has said so."""
         while True:
             try:
-                _, files, _, _ = self._socket.recvmsg(1, socket.CMSG_SPACE(_FILE_BYTES), socket.MSG_CMSG_CLOEXEC)
+                space = socket.CMSG_SPACE(_FILE_BYTES)
+                _, files, _, _ = self._received(self._socket.recvmsg, 1, space, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 self._wait()
-                continue
-            except ConnectionResetError:  # as in `_hear`: the file is there
                 continue
             if not files:
                 raise RuntimeError("Connection closed: the process that sends has ended")
             return int.from_bytes(files[0][2], sys.byteorder)
+
+    def _received(self, receive: Callable[..., T], *args: int) -> T:
+        """What a call of the socket gives. A reset says, once, that the sender has left without reading what was given back; what it sent is there."""
+        try:
+            return receive(*args)
+        except ConnectionResetError:
+            return receive(*args)
 
     def _wait(self) -> None:
         if all(fd == self._alarm.fd for fd, _ in self._poll.poll()):
