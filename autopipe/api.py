@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from autopipe.capture.loss import LossFunction
 from autopipe.config import Auto, PipelineConfig
-from autopipe.engine.context import make_context
 from autopipe.engine.engine import Engine
+from autopipe.engine.ranks.context import make_context
 from autopipe.errors import ConfigError
 from autopipe.partition import Constraints
 from autopipe.plan import Plan

@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import autopipe
 from autopipe.config import PipelineConfig
 from autopipe.cost import CostGraph, build_cost_graph
-from autopipe.engine.batch import MicroBatch, split
-from autopipe.engine.clock import StepClock
-from autopipe.engine.context import make_context
-from autopipe.engine.planning import measured_link, profiled
-from autopipe.engine.programs import capture_program
+from autopipe.engine.ranks.context import make_context
+from autopipe.engine.setup.planning import measured_link, profiled
+from autopipe.engine.step.clock import StepClock
+from autopipe.engine.step.microbatch import MicroBatch, split
+from autopipe.engine.step.programs import capture_program
+from autopipe.partition.arguments import checked_memory
 from autopipe.partition.assemble import Certificate, Run, assemble
-from autopipe.partition.request import checked_memory
 from autopipe.plan import Plan
 from autopipe.verify.processes import run_processes
 from benchmarks.families import CASES, Case, make

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import profiler
-from autopipe.engine.batch import split
-from autopipe.engine.programs import capture_program
+from autopipe.engine.step.microbatch import split
+from autopipe.engine.step.programs import capture_program
 from benchmarks.families import CASES, make
 
 

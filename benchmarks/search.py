@@ -19,8 +19,8 @@ import profiler
 from autopipe.capture import capture
 from autopipe.cluster import Cluster, Device
 from autopipe.partition import partition
-from autopipe.partition.layouts import layouts, on_cluster
-from autopipe.partition.search import Wanted, search
+from autopipe.partition.cluster.device_layouts import layouts, on_cluster
+from autopipe.partition.cluster.strategy_search import Wanted, search
 from autopipe.plan import Plan
 from autopipe.report.candidates import why
 from autopipe.simulate import fastest_schedule, simulate

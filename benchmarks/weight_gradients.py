@@ -22,8 +22,8 @@ import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from autopipe.engine import split_backward  # noqa: E402
-from autopipe.engine.split_backward import Division, input_gradients  # noqa: E402
+from autopipe.engine.step import split_backward  # noqa: E402
+from autopipe.engine.step.split_backward import Division, input_gradients  # noqa: E402
 from benchmarks.pipelines.models import Transformer  # noqa: E402
 
 WAYS = {"each started": sys.maxsize, "each called": 0}

@@ -254,12 +254,12 @@ LISTED: dict[str, Listed] = {
             "python benchmarks/capture_coverage.py transformers hard": "python benchmarks/capture_coverage.py transformers hard --only gpt2 tied",
             "python benchmarks/capture_coverage.py --peers transformers hard torchvision timm": "python benchmarks/capture_coverage.py --peers hard --only tied",
             "python benchmarks/capture_large.py": "python benchmarks/capture_large.py --length 64 --tries 1",
-            "python benchmarks/durability.py reshard --optimizers adamw": "python benchmarks/durability.py reshard --optimizers adamw --layouts 1 2",
-            'python benchmarks/durability.py reshard --optimizers sgd --layouts 1 3 2x2 "1x2 zero"': 'python benchmarks/durability.py reshard --optimizers sgd --layouts 1 "1x2 zero"',
-            "python benchmarks/durability.py crash": "python benchmarks/durability.py crash --crashes 4",
-            "python benchmarks/durability.py faults": "python benchmarks/durability.py faults --count 2",
-            "python benchmarks/durability.py memory": "python benchmarks/durability.py memory --width 512 --layers 6 --ranks 2",
-            "python benchmarks/durability.py saving": "python benchmarks/durability.py saving --repeats 1",
+            "python -m benchmarks.durability reshard --optimizers adamw": "python -m benchmarks.durability reshard --optimizers adamw --layouts 1 2",
+            'python -m benchmarks.durability reshard --optimizers sgd --layouts 1 3 2x2 "1x2 zero"': 'python -m benchmarks.durability reshard --optimizers sgd --layouts 1 "1x2 zero"',
+            "python -m benchmarks.durability crash": "python -m benchmarks.durability crash --crashes 4",
+            "python -m benchmarks.durability faults": "python -m benchmarks.durability faults --count 2",
+            "python -m benchmarks.durability memory": "python -m benchmarks.durability memory --width 512 --layers 6 --ranks 2",
+            "python -m benchmarks.durability saving": "python -m benchmarks.durability saving --repeats 1",
         }.items()
     },
     # other environments

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from autopipe.capture.captured import Captured
-from autopipe.capture.chain import recordings
+from autopipe.capture.fallbacks import recordings
 from autopipe.capture.loss import LossFunction
 from autopipe.capture.places import source_of
 from autopipe.capture.selfcheck import Unrepeatable, preserved_state, seed_all, self_check
@@ -30,7 +30,7 @@ def capture(
 ) -> Captured:
     """Captures `model(*args, **kwargs)` as a graph, at the shapes given and in the mode that the model is in.
 
-    Takes the first of the ways in `autopipe.capture.chain` that works and, where it is checked, computes what the model computes.
+    Takes the first of the ways in `autopipe.capture.fallbacks` that works and, where it is checked, computes what the model computes.
 
     Args:
         model: any module; its parameters may be on the meta device.

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from autopipe.checkpoint.deepspeed import layers_folder, open_deepspeed
-from autopipe.checkpoint.export import write_safetensors, write_sharded, write_torch
 from autopipe.checkpoint.faults import named
-from autopipe.checkpoint.files import SAFETENSORS, TORCH, Stored
 from autopipe.checkpoint.folders import published
+from autopipe.checkpoint.readers import SAFETENSORS, TORCH, Stored
 from autopipe.checkpoint.tensors import MODEL
 from autopipe.checkpoint.weights import Weights, is_checkpoint, open_weights
+from autopipe.checkpoint.writers import write_safetensors, write_sharded, write_torch
 from autopipe.checkpoint.writing import write
 from autopipe.errors import CheckpointError, ConfigError
 

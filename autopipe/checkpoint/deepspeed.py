@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autopipe.checkpoint.faults import named
-from autopipe.checkpoint.files import Stored, tensors_of
+from autopipe.checkpoint.readers import Stored, tensors_of
 from autopipe.checkpoint.weights import Weights
 from autopipe.errors import CheckpointError
 

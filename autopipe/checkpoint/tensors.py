@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from autopipe.checkpoint.faults import DAMAGED, named, system_error
-from autopipe.checkpoint.files import Stored, as_bytes
 from autopipe.checkpoint.folders import META, METADATA, read_meta
+from autopipe.checkpoint.readers import Stored, as_bytes
 from autopipe.checkpoint.unpickling import SafeUnpickler
 from autopipe.errors import CheckpointError
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from autopipe.checkpoint.faults import DAMAGED, named
-from autopipe.checkpoint.files import SAFETENSORS, TORCH, Stored, tensors_of
 from autopipe.checkpoint.folders import META, PREFIX, newest
+from autopipe.checkpoint.readers import SAFETENSORS, TORCH, Stored, tensors_of
 from autopipe.checkpoint.tensors import MODEL, Reader
 from autopipe.errors import CheckpointError
 

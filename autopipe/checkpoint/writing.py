@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from autopipe.checkpoint.faults import named
-from autopipe.checkpoint.files import Stored
 from autopipe.checkpoint.folders import SCHEMA, begin, discard, publish, published, sealed, writing
+from autopipe.checkpoint.readers import Stored
 from autopipe.checkpoint.tensors import expect_one_process, write_tensors
 from autopipe.errors import CheckpointError
 

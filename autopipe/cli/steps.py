@@ -14,10 +14,10 @@ from autopipe.cli.searching import searched, wants_search
 from autopipe.cli.whatif import link_of
 from autopipe.cluster import Cluster
 from autopipe.cost import DEFAULT_LINK
-from autopipe.engine.batch import MicroBatch, batch_size, split
+from autopipe.engine.step.microbatch import MicroBatch, batch_size, split
 from autopipe.errors import ConfigError
 from autopipe.partition import Constraints, partition
-from autopipe.partition.request import MICROBATCHES_PER_STAGE
+from autopipe.partition.arguments import MICROBATCHES_PER_STAGE
 from autopipe.plan import Plan
 from profiler import estimate, profile
 from profiler.devices import DEVICES

@@ -9,7 +9,7 @@ from typing import Any
 from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS, CONSTRAINTS
 from autopipe.cluster import Cluster
 from autopipe.errors import ConfigError
-from autopipe.partition.layouts import on_cluster
+from autopipe.partition.cluster.device_layouts import on_cluster
 from autopipe.plan import Plan
 from autopipe.simulate import simulate
 from autopipe.simulate.reschedule import bubble_of

@@ -14,25 +14,25 @@ from torch.utils.data import Dataset, DistributedSampler
 from autopipe.capture import Captured
 from autopipe.checkpoint import Reader, newest, open_weights
 from autopipe.config import PipelineConfig
-from autopipe.engine.background import Saver
-from autopipe.engine.batch import Batch, MicroBatch, check_device, split
-from autopipe.engine.context import Context
-from autopipe.engine.front import IteratorFront
-from autopipe.engine.masters import lower
-from autopipe.engine.optimizing import Optimizing
-from autopipe.engine.outputs import gather_outputs
-from autopipe.engine.parameters import StageParameters, zero_gradient
-from autopipe.engine.placing import place, release
-from autopipe.engine.planning import capture_first, compare_ranks, num_microbatches_of, plan_layout
-from autopipe.engine.programs import Kind
-from autopipe.engine.replicas import Replicas
-from autopipe.engine.runner import Runner
-from autopipe.engine.saving import collect, load
-from autopipe.engine.scaling import LossScale
-from autopipe.engine.searching import left_to_search, search_plan
-from autopipe.engine.shape import shape_of, shape_of_plan
-from autopipe.engine.share import Share, share_of
-from autopipe.engine.watcher import watched
+from autopipe.engine.failures.monitor import watched
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.ranks.shape import shape_of, shape_of_plan
+from autopipe.engine.setup.auto_plan import left_to_search, search_plan
+from autopipe.engine.setup.place_parameters import place, release
+from autopipe.engine.setup.planning import capture_first, compare_ranks, num_microbatches_of, plan_layout
+from autopipe.engine.state.async_checkpoint import Saver
+from autopipe.engine.state.checkpoint_state import collect, load
+from autopipe.engine.state.loss_scale import LossScale
+from autopipe.engine.state.master_weights import lower
+from autopipe.engine.state.optimizer import Optimizing
+from autopipe.engine.state.parameters import StageParameters, zero_gradient
+from autopipe.engine.state.replicas import Replicas
+from autopipe.engine.step.batch_shard import Share, share_of
+from autopipe.engine.step.microbatch import Batch, MicroBatch, check_device, split
+from autopipe.engine.step.outputs import gather_outputs
+from autopipe.engine.step.programs import Kind
+from autopipe.engine.step.runner import Runner
+from autopipe.engine.training_loop import IteratorFront
 from autopipe.placement import owners, with_unread
 from autopipe.plan import Plan
 from autopipe.stages import placement

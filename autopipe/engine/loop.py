@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopipe.engine.context import Context
-from autopipe.engine.optimizing import Optimizing
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.state.optimizer import Optimizing
 from autopipe.errors import AutopipeError, ConfigError, EngineError
 
 _LOG = logging.getLogger("autopipe.engine")

@@ -22,7 +22,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 
 from autopipe import Plan, capture
 from autopipe.cli.models import load_example
-from autopipe.engine.batch import split
+from autopipe.engine.step.microbatch import split
 from autopipe.export import pipeline_stage, sum_tied_gradients, torch_stages
 
 MODEL = {model!r}

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts
 from autopipe.partition import baselines
-from autopipe.partition.memory import MemoryModel, StageMemory, received_bytes, run_costs, stage_memory
-from autopipe.partition.peak import expected_peak_bytes
+from autopipe.partition.memory.expected_peak import expected_peak_bytes
+from autopipe.partition.memory.model import MemoryModel, StageMemory, received_bytes, run_costs, stage_memory
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import Baseline, Plan, StagePlan, Transfer
 from profiler.records import Profile

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, IntArray
 from autopipe.errors import PartitionError
-from autopipe.partition.orders import by_priority
+from autopipe.partition.graph.orders import by_priority
 from profiler.records import Profile
 
 BoolArray = NDArray[np.bool_]

@@ -8,9 +8,9 @@ import numpy as np
 
 from autopipe.cost import IntArray
 from autopipe.errors import PartitionError
-from autopipe.partition.bottleneck import Problem
-from autopipe.partition.intervals import IntervalCosts
-from autopipe.partition.memory import stage_memory
+from autopipe.partition.dp.intervals import IntervalCosts
+from autopipe.partition.memory.model import stage_memory
+from autopipe.partition.search.bottleneck import Problem
 
 MIB = 2.0**20
 

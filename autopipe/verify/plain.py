@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from autopipe.capture.loss import describe, find_loss
-from autopipe.engine.batch import MicroBatch, normalised, raw_weights, split
+from autopipe.engine.step.microbatch import MicroBatch, normalised, raw_weights, split
 from autopipe.errors import ConfigError
 
 STATE_FILE = "start.pt"

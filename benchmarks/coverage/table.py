@@ -137,7 +137,7 @@ def _routes(everything: dict[str, Results]) -> str:
     lines = [
         "## How they were captured",
         "",
-        "Train mode; the ways are those of `autopipe/capture/chain.py`. *kept whole*: modules or methods whose Python reads values are one node",
+        "Train mode; the ways are those of `autopipe/capture/fallbacks.py`. *kept whole*: modules or methods whose Python reads values are one node",
         "each. *guarded*: what Python read is compared at each run, and an error says where it differs.",
         "",
         "| list | recorded | recorded, compiling | kept whole | guarded | torch.export |",

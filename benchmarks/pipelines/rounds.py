@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopipe.engine.clock import Span
+from autopipe.engine.step.clock import Span
 from benchmarks.pipelines.peers import PEERS, Sgd, Step, autopipe_step
 
 

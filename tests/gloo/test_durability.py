@@ -1,4 +1,4 @@
-"""A small part of each matrix of `benchmarks/durability.py`."""
+"""A small part of each matrix of `benchmarks/durability`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import profiler
 from autopipe.capture import Captured, capture
 from autopipe.cli import main
 from autopipe.cli.models import Example, load_example
-from autopipe.engine.batch import split
+from autopipe.engine.step.microbatch import split
 from autopipe.export import pipeline_stage, sum_tied_gradients, torch_stages
 from autopipe.partition import partition
 from autopipe.plan import Plan

@@ -1,4 +1,4 @@
-"""A small part of `benchmarks/durability.py faults`, and ranks that end the run in other ways."""
+"""A small part of `benchmarks/durability faults`, and ranks that end the run in other ways."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ class _SlowLayer(nn.Module):
 def _slow_after_planning() -> list[str]:
     """What rank 0 warns of where stage 1 takes much longer than it was measured."""
     import autopipe
-    from autopipe.engine import measure
+    from autopipe.engine.step import step_stats
 
-    measure.PACE_EVERY_S = 0.2
+    step_stats.PACE_EVERY_S = 0.2
     warnings = kept_warnings()
     x = torch.randn(8, 4)
     model = nn.Sequential(nn.Linear(4, 4), _SlowLayer())

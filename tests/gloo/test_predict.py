@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
-import autopipe.engine.runner as runner
+import autopipe.engine.step.runner as runner
 from tests.gloo.launch import run_in_turn
 from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import autopipe
-from autopipe.engine.clock import Span
-from autopipe.engine.measure import transfer_times_us
+from autopipe.engine.step.clock import Span
+from autopipe.engine.step.step_stats import transfer_times_us
 from autopipe.schedule import Action
 from tests.gloo.launch import run_ranks
 from tests.gloo.models import TiedGPT, token_loss

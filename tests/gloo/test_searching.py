@@ -29,7 +29,7 @@ def _wide() -> nn.Module:
 def _fixed_costs(devices_per_node: int) -> None:
     """In the place of what is measured: times of a device that is not here, and the two links, so that the choice is the same each time."""
     import profiler
-    from autopipe.engine import searching
+    from autopipe.engine.setup import auto_plan
     from profiler.records import LinkProfile
 
     def estimated(captured: Any, tensors: Any, *_: Any) -> Any:
@@ -41,16 +41,16 @@ def _fixed_costs(devices_per_node: int) -> None:
         latency_us, bytes_per_us = WITHIN if group is None else BETWEEN
         return LinkProfile(latency_us=latency_us, bytes_per_us=bytes_per_us)
 
-    searching.profiled, profiler.measure_link = estimated, link
+    auto_plan.profiled, profiler.measure_link = estimated, link
     os.environ["LOCAL_WORLD_SIZE"] = str(devices_per_node)
 
 
 def _train(devices_per_node: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Two steps beside the plain model, whose parameters are then those of the engine."""
     import autopipe
-    from autopipe.engine import searching
+    from autopipe.engine.setup import auto_plan
 
-    measured = searching.profiled, autopipe.engine.searching.profiler.measure_link
+    measured = auto_plan.profiled, autopipe.engine.setup.auto_plan.profiler.measure_link
     if devices_per_node:
         _fixed_costs(devices_per_node)
     model = _wide()
@@ -83,7 +83,7 @@ def _train(devices_per_node: int, settings: dict[str, Any]) -> dict[str, Any]:
         "share_of_states": held / sum(p.numel() for p in engine.parameters()),
     }
     engine.close()
-    searching.profiled, autopipe.engine.searching.profiler.measure_link = measured
+    auto_plan.profiled, autopipe.engine.setup.auto_plan.profiler.measure_link = measured
     return result
 
 
@@ -131,7 +131,7 @@ def test_states_are_sharded_where_memory_demands_it(found: dict[str, list[Any]])
 
 def test_a_search_is_made_where_stages_and_more_are_left_open() -> None:
     from autopipe.config import PipelineConfig
-    from autopipe.engine.searching import left_to_search
+    from autopipe.engine.setup.auto_plan import left_to_search
 
     assert left_to_search(PipelineConfig(), 4)
     assert left_to_search(PipelineConfig(num_microbatches=8), 4)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopipe.engine.context import make_context
-from autopipe.engine.transport import MessageSpec, TensorSpec, Transport
+from autopipe.engine.ranks.context import make_context
+from autopipe.engine.transport.p2p import MessageSpec, TensorSpec, Transport
 from tests.gloo.launch import run_ranks
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import autopipe
-from autopipe.engine.context import make_context
-from autopipe.engine.split_backward import Division, input_gradients
-from autopipe.engine.transport import Transport
+from autopipe.engine.ranks.context import make_context
+from autopipe.engine.step.split_backward import Division, input_gradients
+from autopipe.engine.transport.p2p import Transport
 from tests.gloo.launch import run_ranks
 from tests.gloo.models import NAMES, Block, make
 from tests.gloo.plain import plain_step, relative_error

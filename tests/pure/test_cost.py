@@ -7,7 +7,7 @@ import pytest
 from partition_reference import loads_us, monotone_assignments, peaks_bytes, random_profile, step_us
 
 from autopipe.cost import build_cost_graph, stage_costs
-from autopipe.partition.memory import MemoryModel, stage_memory
+from autopipe.partition.memory.model import MemoryModel, stage_memory
 from autopipe.partition.timing import simulated_step_us
 from profiler.records import LinkProfile, NodeProfile, Profile
 

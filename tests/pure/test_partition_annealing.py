@@ -10,11 +10,11 @@ from partition_reference import random_profile
 
 from autopipe.cost import build_cost_graph, stage_costs
 from autopipe.partition import partition
-from autopipe.partition.annealing import FROM_ANYWHERE, FROM_BEST, Cooling, Walk, annealed, step_peak
 from autopipe.partition.baselines import equal_time
-from autopipe.partition.bottleneck import Problem
 from autopipe.partition.effort import Effort
-from autopipe.partition.memory import MemoryModel
+from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.search.annealing import FROM_ANYWHERE, FROM_BEST, Cooling, Walk, annealed, step_peak
+from autopipe.partition.search.bottleneck import Problem
 from autopipe.simulate import h_bound_us
 from profiler.records import LinkProfile
 

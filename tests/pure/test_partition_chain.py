@@ -9,10 +9,10 @@ import pytest
 from partition_reference import crossings, interval_assignments, loads_us, peaks_bytes, random_profile
 
 from autopipe.cost import build_cost_graph
-from autopipe.partition.bottleneck import Problem, split_order
 from autopipe.partition.effort import Effort
-from autopipe.partition.memory import MemoryModel
-from autopipe.partition.orders import relinearise, standard_orders
+from autopipe.partition.graph.orders import relinearise, standard_orders
+from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.search.bottleneck import Problem, split_order
 from profiler.records import LinkProfile
 
 

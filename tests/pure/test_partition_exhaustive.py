@@ -8,13 +8,13 @@ from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, IntArray, build_cost_graph
 from autopipe.partition import partition
-from autopipe.partition.bottleneck import Problem
 from autopipe.partition.constraints import Rules
 from autopipe.partition.effort import Effort
-from autopipe.partition.exhaustive import shortest_of_all
-from autopipe.partition.memory import MemoryModel, stage_memory
-from autopipe.partition.recompute import with_recompute
-from autopipe.partition.step import Clock
+from autopipe.partition.memory.model import MemoryModel, stage_memory
+from autopipe.partition.memory.recompute import with_recompute
+from autopipe.partition.search.bottleneck import Problem
+from autopipe.partition.search.exhaustive import shortest_of_all
+from autopipe.partition.search.shortest_step import Clock
 from profiler.records import LinkProfile
 
 

@@ -11,14 +11,14 @@ from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph, stage_costs
 from autopipe.partition import partition
-from autopipe.partition.bottleneck import Problem, first_splits
 from autopipe.partition.bounds import load_bound_us
-from autopipe.partition.downsets import Lattice
+from autopipe.partition.dp.chain_bound import fluid_bound_us
+from autopipe.partition.dp.downset_dp import refine
 from autopipe.partition.effort import Effort
-from autopipe.partition.fluid import fluid_bound_us
-from autopipe.partition.lattice import refine
-from autopipe.partition.memory import MemoryModel
-from autopipe.partition.reduce import reduced
+from autopipe.partition.graph.downsets import Lattice
+from autopipe.partition.graph.reduce import reduced
+from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.search.bottleneck import Problem, first_splits
 from autopipe.partition.timing import ranked_step_us, simulated_step_us
 from profiler.records import LinkProfile, NodeProfile, Profile
 

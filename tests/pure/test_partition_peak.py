@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from autopipe.cost import DEFAULT_LINK, build_cost_graph
-from autopipe.partition.memory import MemoryModel, run_costs, stage_memory
-from autopipe.partition.peak import expected_peak_bytes
+from autopipe.partition.memory.expected_peak import expected_peak_bytes
+from autopipe.partition.memory.model import MemoryModel, run_costs, stage_memory
 from profiler.records import NodeProfile, ParameterProfile, Profile
 
 

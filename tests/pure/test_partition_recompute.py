@@ -12,8 +12,8 @@ from partition_reference import random_profile
 from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
-from autopipe.partition.memory import MemoryModel, run_costs, stage_memory
-from autopipe.partition.recompute import with_recompute
+from autopipe.partition.memory.model import MemoryModel, run_costs, stage_memory
+from autopipe.partition.memory.recompute import with_recompute
 from profiler.records import LinkProfile, NodeProfile, Profile
 
 LINK = LinkProfile(latency_us=0.3, bytes_per_us=4000.0, overlap=0.5)

@@ -9,8 +9,8 @@ import pytest
 from autopipe.cluster import Cluster, Device
 from autopipe.errors import ClusterError, PartitionError, ProfileError
 from autopipe.partition import partition
-from autopipe.partition.layouts import layouts, stage_devices
-from autopipe.partition.search import Wanted, search
+from autopipe.partition.cluster.device_layouts import layouts, stage_devices
+from autopipe.partition.cluster.strategy_search import Wanted, search
 from autopipe.plan import Plan
 from autopipe.simulate import fastest_schedule, rank_peak_bytes, simulate
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile

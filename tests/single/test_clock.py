@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopipe.engine.clock import RUN_AHEAD, StepClock
-from autopipe.engine.watcher import Watcher
+from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.step.clock import RUN_AHEAD, StepClock
 from autopipe.schedule import Action
 
 

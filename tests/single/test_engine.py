@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
-from autopipe.engine.batch import normalised, raw_weights, split
+from autopipe.engine.step.microbatch import normalised, raw_weights, split
 from tests.gloo.models import make
 
 

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopipe.engine.blocks import Packing
-from autopipe.engine.lane import _ANNOUNCED, GIVEN_AT_ONCE, LARGE_BYTES, Alarm, Inbox, Outbox, available
+from autopipe.engine.transport.shm_buffers import Packing
+from autopipe.engine.transport.shm_channel import (
+    _ANNOUNCED,
+    GIVEN_AT_ONCE,
+    LARGE_BYTES,
+    Alarm,
+    Inbox,
+    Outbox,
+    available,
+)
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
 

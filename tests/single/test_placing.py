@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import autopipe
-from autopipe.engine.placing import place, release
+from autopipe.engine.setup.place_parameters import place, release
 
 
 class Recurrent(nn.Module):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
-from autopipe.engine import split_backward
-from autopipe.engine.split_backward import Division, division_of, input_gradients
+from autopipe.engine.step import split_backward
+from autopipe.engine.step.split_backward import Division, division_of, input_gradients
 from autopipe.stages import cut as cut_stages
 from autopipe.stages import stage_module
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from autopipe.engine.board import WITHOUT_EVIDENCE, verdict
-from autopipe.engine.evidence import State, host_identity, look, started_at
-from autopipe.engine.failure import Failure, is_connection_error
-from autopipe.engine.slowness import Pace, Place, Slowness
-from autopipe.engine.watching import HEARTBEAT_VARIABLE, heartbeat_s
+from autopipe.engine.failures.bootstrap import HEARTBEAT_VARIABLE, heartbeat_s
+from autopipe.engine.failures.coordinator import WITHOUT_EVIDENCE, verdict
+from autopipe.engine.failures.failure import Failure, is_connection_error
+from autopipe.engine.failures.process_state import State, host_identity, look, started_at
+from autopipe.engine.failures.stragglers import Pace, Place, Slowness
 from autopipe.errors import ConfigError, EngineError
 
 

@@ -1,0 +1,218 @@
+"""The watcher of a rank: knows what this rank is doing, tells the others of its failure, and raises theirs here.
+
+Its thread (`link.py`) keeps a connection to the board (`board.py`) on rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
+
+from autopipe.engine.failures.coordinator import Board
+from autopipe.engine.failures.failure import BETWEEN_STEPS, Failure, described, is_connection_error, phase_of
+from autopipe.engine.failures.heartbeat import BoardHost, Link
+from autopipe.engine.failures.json_socket import Wire
+from autopipe.engine.failures.stragglers import Pace, Place
+from autopipe.errors import AutopipeError, EngineError
+from autopipe.schedule import Action
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+KEPT_DURATIONS, TOLD_FROM = 32, 3
+
+
+class Watcher:
+    """Where this rank is, and what has failed first. With one process there is nobody to tell.
+
+    Attributes:
+        stage: the (first) stage of this rank, once it is known.
+        closed: goodbye was said.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.stage: int | None = None
+        self.closed = False
+        self._link: Link | None = None
+        self._board: Board | None = None
+        self._what: tuple[Action | str, bool, float, int] = ("starting", False, time.monotonic(), 0)
+        self._spent_s = 0.0
+        self._durations: dict[Any, deque[float]] = {}
+        self._first: Failure | None = None
+        self._depth = 0
+        self._noted = False
+
+    def connect(
+        self, wire: Wire, host: BoardHost, board: Board | None, heartbeat_s: float, interrupt: Callable[[], None]
+    ) -> None:
+        """Starts watching over a connection that the board has welcomed.
+
+        Args:
+            board: the board itself, on rank 0.
+            interrupt: wakes what waits for other ranks, from any thread.
+        """
+        self._link, self._board = Link(self, wire, host, heartbeat_s, interrupt), board
+        self._link.start()
+
+    # -- where this rank is -------------------------------------------------------------------------------------------
+
+    def enter(self, what: Action | str, waiting: bool = False) -> None:
+        """From now on this rank is at `what`, or waits for another rank there.
+
+        Raises:
+            EngineError: another rank has failed meanwhile.
+        """
+        if self._first is not None and self._depth:
+            raise self._first.error()
+        self._move(what, waiting)
+
+    def _move(self, what: Action | str, waiting: bool) -> None:
+        before, waited, since, serial = self._what
+        now = time.monotonic()
+        self._spent_s += 0.0 if waited else now - since
+        if what is not before:  # its waits are over too: so long it took of its own
+            key = (before.kind, before.stage) if isinstance(before, Action) else before
+            if key not in self._durations:
+                self._durations[key] = deque(maxlen=KEPT_DURATIONS)
+            self._durations[key].append(self._spent_s)
+            self._spent_s = 0.0
+        self._what = what, waiting, now, serial + 1
+
+    @contextlib.contextmanager
+    def waiting(self, what: str | None = None) -> Iterator[None]:
+        """Around what waits for other ranks; a part of the present phase where it has no name of its own."""
+        before = self._what[0]
+        self.enter(before if what is None else what, waiting=True)
+        yield
+        self.enter(before)
+
+    def place(self) -> Place:
+        """Where this rank is now."""
+        what, waiting, since, serial = self._what
+        key = (what.kind, what.stage) if isinstance(what, Action) else what
+        durations = list(self._durations.get(key, ()))
+        return Place(
+            stage=what.stage if isinstance(what, Action) else self.stage,
+            phase=phase_of(what) if isinstance(what, Action) else what,
+            waiting=waiting,
+            for_s=time.monotonic() - since,
+            usual_s=statistics.median(durations) if len(durations) >= TOLD_FROM else None,
+            serial=serial,
+        )
+
+    def tell_paces(self, paces: Sequence[Pace]) -> None:
+        """Tells the board how fast this rank's stages are, against their plan; nothing where that is not due."""
+        if paces and self._link is not None:
+            self._link.wire.send({"pace": [asdict(p) for p in paces]})
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Around everything that users call: what goes wrong inside is told to all ranks, and what went wrong elsewhere is raised.
+
+        Errors of autopipe that name a mistake pass as they are, since every rank raises them.
+
+        Raises:
+            EngineError: this rank or another has failed; the engine cannot be used afterwards.
+        """
+        if self._depth:
+            yield
+            return
+        self.check()
+        self._depth += 1
+        self.enter("preparing the call")
+        self._note("")
+        try:
+            yield
+        except AutopipeError as error:
+            if self._first is None:
+                self._note(str(error))
+            raise
+        except Exception as cause:
+            raise self.fail(cause) from cause
+        finally:
+            self._depth -= 1
+            self._move(BETWEEN_STEPS, False)
+
+    def check(self) -> None:
+        """Raises the first cause where there is one, or names a rank that has left."""
+        if self._first is None and self._link is not None and self._link.left is not None:
+            self._first = self._link.left
+        if self._first is not None:
+            raise self._first.error()
+
+    def fail(self, cause: BaseException, *, stage: int | None = None, phase: str | None = None) -> EngineError:
+        """Tells all ranks of a failure here; returns the error to raise, which is that of the first cause."""
+        place = self.place()
+        mine = Failure(
+            rank=self.rank,
+            stage=place.stage if stage is None else stage,
+            phase=place.phase if phase is None else phase,
+            message=described(cause),
+            secondary=is_connection_error(cause),
+        )
+        self._first = self._first or (mine if self._link is None else self._link.report(mine))
+        return self._first.error()
+
+    def leave(self, cause: BaseException) -> None:
+        """Tells all ranks that an exception ends the script, unless they know of a failure already.
+
+        Errors of autopipe were raised on all ranks; where one was not, the board has a note of it, and the rank that leaves is named with it.
+        """
+        known = self._first is not None or isinstance(cause, AutopipeError)
+        if not known and self._link is not None and not self.closed:
+            self.fail(cause)
+
+    def close(self) -> None:
+        """Says goodbye; what happens to other ranks is no concern any more."""
+        if self._link is not None and not self.closed:
+            self.closed = True
+            self._link.close()
+            if self._board is not None:
+                self._board.join(1.0)
+
+    def drop(self) -> None:
+        """Closes the connections without a goodbye: in a forked process, whose parent goes on with them."""
+        self.closed = True
+        if self._link is not None:
+            self._link.wire.close()
+        if self._board is not None:
+            self._board.drop()
+
+    def heard(self, first: Failure) -> bool:
+        """Takes note of the first cause, from the watcher's thread; true where a call is going on that has to end."""
+        if self._first is None:
+            self._first = first
+        return self._depth > 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether a first cause is known."""
+        return self._first is not None
+
+    @property
+    def in_call(self) -> bool:
+        """Whether this rank is inside of a call of the engine."""
+        return self._depth > 0
+
+    def _note(self, text: str) -> None:
+        if self._link is not None and (text or self._noted):
+            self._link.wire.send({"note": text})
+            self._noted = bool(text)
+
+
+def watched(method: Method) -> Method:
+    """A method that users call, inside of `Watcher.call` of `self.watcher`."""
+
+    @functools.wraps(method)
+    def inside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.watcher.call():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, inside)

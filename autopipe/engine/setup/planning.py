@@ -1,0 +1,214 @@
+"""From the first batch to a plan that all ranks share: rank 0 measures and cuts, every rank captures, and all compare what they have."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import profiler
+from autopipe.capture import Captured
+from autopipe.config import PipelineConfig
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.step.microbatch import MicroBatch, check_device
+from autopipe.engine.step.programs import capture_output, capture_program, mode_of
+from autopipe.engine.transport.shm_setup import close_lanes, open_lanes, way_over
+from autopipe.errors import PartitionError
+from autopipe.partition import partition
+from autopipe.plan import SCHEDULES, Plan
+from autopipe.simulate import UNDIVIDED, fastest_schedule, rescheduled
+from profiler.records import LinkProfile, Profile
+
+MASTER_STATES = 7.0
+"""Bytes beside each byte of a bf16 parameter and of a gradient like it: 2 of its master copy, 4 of Adam's, 1 since its gradient is fp32."""
+
+
+def num_microbatches_of(config: PipelineConfig, num_stages: int) -> int:
+    """The number of micro-batches of a batch that has samples enough."""
+    if config.num_microbatches != "auto":
+        return config.num_microbatches
+    if config.plan is not None:
+        return config.plan.num_microbatches
+    return 1 if num_stages == 1 else 4 * num_stages
+
+
+def capture_first(
+    model: nn.Module,
+    microbatch: MicroBatch,
+    config: PipelineConfig,
+    context: Context,
+    flags: Mapping[nn.Module, bool],
+    *,
+    for_output: bool,
+) -> Captured:
+    """Captures what is planned: the training graph, or with `for_output` the way to the output."""
+    check_device(microbatch, context.device)
+    with mode_of(model, True, flags):
+        check = config.self_check and context.rank == 0
+        modes = precision_context(config, context.device)
+        if for_output:
+            return capture_output(model, microbatch, check=check, modes=modes)
+        return capture_program(model, microbatch, "train", config.loss_fn, check=check, modes=modes)
+
+
+def plan_layout(
+    microbatch: MicroBatch,
+    config: PipelineConfig,
+    context: Context,
+    layout: Layout,
+    num_microbatches: int,
+    capture: Callable[[MicroBatch], Captured],
+) -> tuple[Captured, MicroBatch, Plan]:
+    """The graph of a first micro-batch, the micro-batch, and the plan of it for a layout that is given. Collective."""
+    if not config.shard_batch and layout.data_parallel > 1:
+        # replicas may begin with different shapes: rank 0's are planned
+        check_device(microbatch, context.device)
+        first = context.gather(microbatch.template())[0]
+        microbatch = microbatch if context.rank == 0 else first
+    captured = context.agree(lambda: capture(microbatch))
+    plan = context.agree(lambda: make_plan(captured, microbatch, config, context, layout, num_microbatches))
+    return captured, microbatch, plan
+
+
+def make_plan(
+    captured: Captured,
+    microbatch: MicroBatch,
+    config: PipelineConfig,
+    context: Context,
+    layout: Layout,
+    num_microbatches: int,
+) -> Plan:
+    """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
+    num_stages = layout.num_stages
+    if config.plan is not None:
+        zero_stage = config.plan.zero_stage if config.zero_stage == "auto" else config.zero_stage
+        return dataclasses.replace(config.plan, data_parallel=layout.data_parallel, zero_stage=zero_stage)
+    if len(captured.nodes) < num_stages:
+        raise PartitionError(
+            f"{num_stages} stages for a graph of {len(captured.nodes)} nodes",
+            expected="at most one stage for each node",
+            where="num_stages",
+            remedy=f"launch at most {len(captured.nodes)} processes",
+        )
+    link = measured_link(context) if layout.num_ranks > 1 else None
+    profile = profiled(captured, microbatch.tensors(config.loss_fn is not None), context, config)
+
+    def cut(zero_stage: int) -> Plan:
+        return partition(
+            profile,
+            num_stages=num_stages,
+            num_microbatches=num_microbatches,
+            link=link,
+            recompute=config.recompute,
+            optimizer=optimizer_states(config),
+            memory_limit=memory_limit(config, context),
+            data_parallel=layout.data_parallel,
+            zero_stage=zero_stage,
+            schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
+            split_points=list(config.split_points) if config.split_points is not None else None,
+            constraints=config.constraints,
+        )
+
+    plan = context.once(lambda: _without_recompute(cut, zero_stages(config, layout.data_parallel)))
+    if layout.num_ranks < num_stages:
+        return rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
+    if config.schedule != "auto":
+        return rescheduled(plan, config.schedule)
+    undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
+    return fastest_schedule(plan, schedules=UNDIVIDED if undivided else None)
+
+
+def optimizer_states(config: PipelineConfig) -> str | float:
+    """What a run keeps beside parameters and gradients, as the planner counts it."""
+    return MASTER_STATES if config.precision == "bf16-params" else "adam"
+
+
+def zero_stages(config: PipelineConfig, data_parallel: int) -> tuple[int, ...]:
+    """The ZeRO stages that a run may take, the one that costs nothing first."""
+    if config.zero_stage != "auto":
+        return (config.zero_stage,)
+    return (0, 1) if data_parallel > 1 and config.optimizer is not None else (0,)
+
+
+def _without_recompute(cut: Callable[[int], Plan], zero_stages: Sequence[int]) -> Plan:
+    """The plan under the first ZeRO stage that fits into memory as it is; where none does, the fastest that fits with recompute."""
+    found: list[Plan] = []
+    failure: PartitionError | None = None
+    for zero_stage in zero_stages:
+        try:
+            found.append(cut(zero_stage))
+        except PartitionError as caught:
+            failure = failure or caught
+            continue
+        if not any(stage.recompute for stage in found[-1].stages):
+            return found[-1]
+    if failure is not None and not found:
+        raise failure
+    return min(found, key=lambda plan: plan.step_us)
+
+
+def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, config: PipelineConfig) -> Profile:
+    """The profile of a captured graph as rank 0 measures it, on the tensors of a micro-batch, under the run's precision. Collective.
+
+    On a CPU the ranks share caches and memory: all measure at once, so that rank 0 finds the machine as busy as it is in training.
+    """
+    together = context.device.type == "cpu"
+
+    def measured() -> Profile:
+        with precision_context(config, context.device)():
+            return profiler.profile(
+                captured.graph_module,
+                [t.to(context.device) for t in tensors],
+                device=context.device,
+                progress=context.rank == 0,
+                names=dict(captured.names),
+                graph_hash=captured.graph_hash,
+                num_together=context.num_local if together else 1,
+            )
+
+    return context.gather(context.agree(measured))[0] if together else context.once(measured)
+
+
+def measured_link(context: Context) -> LinkProfile:
+    """The link between the first two ranks, over which the engine would send. Collective."""
+    lanes = open_lanes([(0, 1), (1, 0)], context) if context.device.type == "cpu" else {}
+    try:
+        return context.agree(lambda: profiler.measure_link(device=context.device, way=way_over(lanes)))
+    finally:
+        close_lanes(lanes)
+
+
+def memory_limit(config: PipelineConfig, context: Context) -> int | None:
+    """The bytes that a stage may hold."""
+    if config.memory_limit is not None or context.device.type != "cuda":
+        return config.memory_limit
+    return int(torch.cuda.get_device_properties(context.device).total_memory)
+
+
+def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:
+    """Raises on every rank where the ranks differ in graph, plan, or versions: an error instead of a hang."""
+    context.require_equal(
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+        "versions",
+        "install the same versions on all ranks",
+    )
+    context.require_equal(
+        captured.graph_hash,
+        "graph",
+        "run the same model code with the same configuration and batch shapes on all ranks",
+    )
+    context.require_equal(plan.plan_hash, "plan", "give all ranks the same plan")
+
+
+def precision_context(config: PipelineConfig, device: torch.device) -> Callable[[], Any]:
+    """Makes the context under which stages run."""
+    dtype = {"bf16": torch.bfloat16, "bf16-params": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)

@@ -1,0 +1,65 @@
+"""The micro-batches of a call go in; this replica's share of them comes out, weighted so that the sum over replicas is the whole batch's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autopipe.config import PipelineConfig
+from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.step.microbatch import MicroBatch, normalised, raw_weights
+from autopipe.engine.transport.p2p import Transport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """This replica's share of a call.
+
+    Attributes:
+        microbatches, weights: its micro-batches, and their shares in the mean loss of the whole batch.
+        first: the place of the first of them among all replicas' micro-batches.
+        total: the weight of the whole batch: its samples, or what `loss_weight` says.
+        given: the micro-batches of all that this rank was given: of the whole batch, or of its replica's own.
+    """
+
+    microbatches: Sequence[MicroBatch]
+    weights: Sequence[float]
+    first: int
+    total: float
+    given: Sequence[MicroBatch]
+
+
+def share_of(
+    microbatches: list[MicroBatch],
+    config: PipelineConfig,
+    layout: Layout,
+    transport: Transport,
+    *,
+    most: int,
+    weighted: bool = True,
+) -> Share:
+    """The share of this rank's replica. Collective where every replica has a batch of its own.
+
+    Args:
+        microbatches: of the whole batch, or of the replica's own.
+        most: micro-batches that a replica can have.
+        weighted: false where no loss is made, so that `loss_weight` has nothing to count.
+
+    Raises:
+        ConfigError: what `loss_weight` gives is no weight.
+    """
+    raw = raw_weights(microbatches, config.loss_weight if weighted else None)
+    if not config.shard_batch:
+        sums = torch.tensor(sum(raw), dtype=torch.float64)
+        if layout.data_parallel > 1:
+            transport.all_reduce(sums)
+            sums /= layout.num_ranks
+        total, first = float(sums), layout.replica * most
+        weights = normalised(raw, total)
+        return Share(microbatches=microbatches, weights=weights, first=first, total=total, given=microbatches)
+    shares, count = normalised(raw, sum(raw)), len(microbatches)
+    begin, end = (count * (layout.replica + i) // layout.data_parallel for i in (0, 1))
+    mine, weights = microbatches[begin:end], shares[begin:end]
+    return Share(microbatches=mine, weights=weights, first=begin, total=sum(raw), given=microbatches)

@@ -1,0 +1,216 @@
+"""What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
+
+On a CPU both run beside the computes: the comparison is waited for before the first transfer, and a rank begins to sum the loss once
+its actions are over, or at its first backward where it has none to add. Where lanes join the ranks of the only replica, each compares
+with its neighbours alone, and otherwise all together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.step.microbatch import MicroBatch
+from autopipe.engine.transport.p2p import MessageSpec, TensorSpec, Transport
+from autopipe.errors import EngineError
+
+_SAID_BYTES = 1024
+_SAID = MessageSpec([TensorSpec(shape=(_SAID_BYTES,), dtype=torch.uint8, stride=(1,))])
+NOTHING = -(2**62)
+"""Below every digest."""
+
+
+def compare_calls(
+    context: Context,
+    layout: Layout,
+    transport: Transport,
+    kind: str,
+    training: bool,
+    given: Sequence[MicroBatch],
+    *,
+    shared: bool,
+) -> CallComparison | NeighbourComparison:
+    """Starts comparing a call with the other ranks: ranks that were given different calls or batches would wait for each other.
+
+    Args:
+        given: the micro-batches of all that this rank was given.
+        shared: all ranks were to be given the same; otherwise those of a replica were.
+    """
+    call = "train in evaluation mode" if kind == "train" and not training else kind
+    neighbours = transport.neighbours(layout.shape.ranks) if layout.data_parallel == 1 else None
+    if neighbours:
+        return NeighbourComparison(context, transport, neighbours, call, given)
+    return CallComparison(context, layout, call, given, shared=shared)
+
+
+_Described = tuple[str, tuple[int, ...], str]
+
+
+def _described(call: str, given: Sequence[MicroBatch]) -> _Described:
+    """A call, the samples of its micro-batches, and the signature of the first of them."""
+    return call, tuple(m.num_samples for m in given), given[0].signature if given else ""
+
+
+def _different(rank: int, call: object, other: int, its: object) -> EngineError:
+    return EngineError(
+        f"rank {rank} calls {call}, rank {other} calls {its}",
+        expected="the same call with a batch of the same shape on every rank",
+        remedy="give every rank the same batch; seed the sampler of the data loader equally",
+    )
+
+
+@lru_cache(maxsize=64)
+def _said(described: _Described, signatures: tuple[str, ...]) -> Tensor:
+    """What is told of a call: the digest of it and of the signatures of all its micro-batches, and its description."""
+    digest = zlib.crc32("|".join([described[0], *signatures]).encode())
+    said = digest.to_bytes(8, "little") + str(described).encode()[: _SAID_BYTES - 8]
+    return torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
+
+
+class NeighbourComparison:
+    """The ranks that this one exchanges tensors with say what they call; where one differs, its neighbours tell all ranks."""
+
+    def __init__(
+        self,
+        context: Context,
+        transport: Transport,
+        neighbours: Sequence[int],
+        call: str,
+        given: Sequence[MicroBatch],
+    ) -> None:
+        self._context, self._mine = context, _described(call, given)
+        self._said = _said(self._mine, tuple(m.signature for m in given))
+        for rank in neighbours:
+            transport.send((context.rank, rank), [self._said], _SAID)
+        self._heard = {rank: transport.recv((rank, context.rank), _SAID) for rank in neighbours}
+
+    def finish(self) -> None:
+        """Waits for the answers of the neighbours; the second time it does nothing.
+
+        Raises:
+            EngineError: one makes another call; every rank is told.
+            RuntimeError: the connection is lost.
+        """
+        heard, self._heard = self._heard, {}
+        for rank, handle in heard.items():
+            (said,) = handle.join()
+            if torch.equal(said[:8], self._said[:8]):
+                continue
+            its = said[8:].numpy().tobytes().decode(errors="replace").rstrip()
+            first, second = sorted([(rank, its), (self._context.rank, str(self._mine))])
+            raise self._context.watcher.fail(_different(*first, *second))
+
+
+class CallComparison:
+    """Digests compared over all ranks.
+
+    Args:
+        call, given, shared: as in `compare_calls`.
+    """
+
+    def __init__(
+        self, context: Context, layout: Layout, call: str, given: Sequence[MicroBatch], *, shared: bool
+    ) -> None:
+        self._context, self._given, self._group = context, given, 0 if shared else layout.replica
+        self._call = call
+        self._work: Any = None
+        if context.control is not None:
+            kind = zlib.crc32(self._call.encode())
+            batch = zlib.crc32("|".join(m.signature for m in given).encode())
+            self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest digest, and smallest negated
+            self._bounds[0] = torch.tensor([kind, -kind])
+            self._bounds[1 + self._group] = torch.tensor([batch, -batch])
+            self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)
+
+    def finish(self) -> None:
+        """Waits for the answer of the others; the second time it does nothing.
+
+        Raises:
+            EngineError: they make another call, on every rank.
+            RuntimeError: the connection is lost.
+        """
+        work, self._work = self._work, None
+        if work is None:
+            return
+        work.wait()
+        compared = self._bounds[self._bounds[:, 0] != NOTHING]
+        if torch.equal(compared[:, 0], -compared[:, 1]):
+            return
+        told = self._context.gather((self._group, _described(self._call, self._given)))
+        rank, other = _first_difference(told)
+        raise _different(other, told[other][1], rank, told[rank][1])
+
+
+def _first_difference(told: Sequence[tuple[int, _Described]]) -> tuple[int, int]:
+    """The first rank that makes another call than rank 0, or was given other micro-batches than the first of its group; and that one."""
+    first_of: dict[int, int] = {}
+    for rank, (group, call) in enumerate(told):
+        first = first_of.setdefault(group, rank)
+        if call[0] != told[0][1][0]:
+            return rank, 0
+        if call != told[first][1]:
+            return rank, first
+    return 0, 0
+
+
+class LossSum:
+    """The sum of the weighted losses over all stages and replicas, on every rank, and whether any rank wants to stop.
+
+    Args:
+        num_due: losses that this rank's stages will make in this step.
+
+    Attributes:
+        stopping: any rank wants to stop; known after `finish`.
+    """
+
+    def __init__(self, context: Context, num_due: int) -> None:
+        self._context, self._due = context, num_due
+        self.stopping = False
+        self._early = context.device.type == "cpu"  # on CUDA the host would wait for the last forward
+        self._losses: list[Tensor] = []
+        self._weights: list[float] = []
+        self._work: Any = None
+
+    def open(self) -> None:
+        """From the first backward on the ranks are known to make the same call: one that has no loss to add begins."""
+        if not self._due:
+            self.start()
+
+    def add(self, loss: Tensor, weight: float) -> None:
+        """The loss of a micro-batch, detached, and its share in the mean."""
+        self._losses.append(loss)
+        self._weights.append(weight)
+
+    def start(self) -> None:
+        """Begins to sum; all losses are there. The second time it does nothing."""
+        if self._early and self._work is None and self._context.control is not None:
+            self._both = self._with_stop()
+            self._work = dist.all_reduce(self._both, group=self._context.control, async_op=True)
+
+    def _with_stop(self) -> Tensor:
+        losses = torch.stack(self._losses).float().cpu() if self._losses else torch.zeros(0)
+        total = (losses * torch.tensor(self._weights)).sum()  # a product of matrices would follow autocast
+        return torch.stack([total, torch.tensor(float(self._context.preemption.asked))])
+
+    def finish(self) -> Tensor:
+        """The loss on the CPU. Collective.
+
+        Raises:
+            RuntimeError: the connection is lost.
+        """
+        if self._work is not None:
+            self._work.wait()
+        else:
+            self._both = self._with_stop()
+            if self._context.control is not None:
+                dist.all_reduce(self._both, group=self._context.control)
+        self.stopping = bool(self._both[1] > 0)
+        return self._both[0].clone()

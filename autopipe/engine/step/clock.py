@@ -1,0 +1,86 @@
+"""When each action of a step ran on this rank: host time on a CPU, device events on CUDA, both counted from the start of the step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autopipe.engine.failures.monitor import Watcher
+from autopipe.schedule import Action
+
+RUN_AHEAD = 8
+"""Computes and waits that the host may have issued and the device has not come to, two micro-batches' worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An action, or the wait before it, in microseconds from the start of the step."""
+
+    action: Action
+    waiting: bool
+    start_us: float
+    end_us: float
+
+
+class StepClock:
+    """Collects the spans of one step. `started_ns` is on the host's monotonic clock, which the ranks of one host share.
+
+    `allocated_bytes` is the most memory beyond what was there at its start, 0 where that was not counted.
+    """
+
+    def __init__(self, device: torch.device, watcher: Watcher) -> None:
+        self._device, self._on_cuda, self.watcher = device, device.type == "cuda", watcher
+        self.marks: list[tuple[Action, bool, Any, Any]] = []
+        self.allocated_bytes = 0
+        self.started_ns = time.monotonic_ns()
+        self._zero = self.now()
+
+    def now(self) -> Any:
+        if not self._on_cuda:
+            return time.monotonic_ns()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def hold(self) -> None:
+        """Keeps the host at most `RUN_AHEAD` spans ahead of the device, so that buffers grow with the stages and not with the
+        micro-batches: what the device still reads cannot be used again. It waits for what stands before it in the one order of
+        all ranks, and so for nothing that waits for it."""
+        if self._on_cuda and len(self.marks) >= RUN_AHEAD:
+            self.marks[-RUN_AHEAD][3].synchronize()
+
+    def span(self, action: Action, *, waiting: bool = False) -> _Timed:
+        """Times what runs inside, and lets the watcher know of it."""
+        return _Timed(self, action, waiting)
+
+    def spans(self) -> list[Span]:
+        """All spans so far; on CUDA it waits for the device."""
+        if self._on_cuda:
+            torch.cuda.synchronize(self._device)
+        return [Span(action, waiting, self._since(a), self._since(b)) for action, waiting, a, b in self.marks]
+
+    def _since(self, mark: Any) -> float:
+        if self._on_cuda:
+            return float(self._zero.elapsed_time(mark)) * 1e3
+        return float(mark - self._zero) / 1e3
+
+
+class _Timed:
+    """A context manager written out: a step has many, and a generator takes three times as long."""
+
+    __slots__ = ("_action", "_clock", "_start", "_waiting")
+
+    def __init__(self, clock: StepClock, action: Action, waiting: bool) -> None:
+        self._clock, self._action, self._waiting = clock, action, waiting
+
+    def __enter__(self) -> None:
+        self._clock.watcher.enter(self._action, self._waiting)
+        self._clock.hold()
+        self._start = self._clock.now()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._clock.marks.append((self._action, self._waiting, self._start, self._clock.now()))

@@ -1,0 +1,79 @@
+"""Which flows have a lane: those between ranks that share a host and can reach each other's sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from autopipe.engine.failures.process_state import host_identity
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.transport.shm_buffers import Packing
+from autopipe.engine.transport.shm_channel import Inbox, Outbox, available
+from profiler.links import Way
+
+_LOG = logging.getLogger("autopipe.engine")
+Flow = tuple[int, int]
+Lanes = dict[Flow, Inbox | Outbox | None]
+"""This rank's end of each lane; None where both ends are other ranks."""
+
+
+def open_lanes(flows: Sequence[Flow], context: Context) -> Lanes:
+    """The lanes among the flows; those left need a group. Collective."""
+    wanted = available() and os.environ.get("AUTOPIPE_SHARED_MEMORY", "1") != "0"
+    hosts = context.gather(host_identity() if wanted else None)
+    local = [f for f in flows if hosts[f[0]] is not None and hosts[f[0]] == hosts[f[1]]]
+    if not local:
+        return {}
+    inboxes = {f: Inbox(context.alarm) for f in local if f[1] == context.rank}
+    addresses = {f: a for part in context.gather({f: i.address for f, i in inboxes.items()}) for f, a in part.items()}
+    outboxes: dict[Flow, Outbox] = {}
+    failures: dict[Flow, str] = {}
+    for flow in (f for f in local if f[0] == context.rank):
+        try:
+            outboxes[flow] = Outbox(addresses[flow])
+        except OSError as cause:
+            failures[flow] = str(cause)
+    failed = {f: why for part in context.gather(failures) for f, why in part.items()}
+    for flow, why in failed.items():
+        _LOG.warning("ranks %d and %d share a host and no memory, and use sockets: %s", *flow, why)
+    for flow, inbox in inboxes.items():
+        if flow in failed:
+            inbox.close()
+        else:
+            inbox.accept()
+    mine: dict[Flow, Inbox | Outbox] = {**inboxes, **outboxes}
+    return {f: mine.get(f) for f in local if f not in failed}
+
+
+def close_lanes(lanes: Lanes) -> None:
+    """Closes this rank's ends."""
+    for end in lanes.values():
+        if end is not None:
+            end.close()
+
+
+def way_over(lanes: Lanes) -> Way | None:
+    """The two lanes between two ranks, as the profiler measures them; None where there are none."""
+    if not lanes:
+        return None
+    outbox = next((end for end in lanes.values() if isinstance(end, Outbox)), None)
+    inbox = next((end for end in lanes.values() if isinstance(end, Inbox)), None)
+
+    @cache
+    def packing_of(num_bytes: int) -> Packing:
+        return Packing([((num_bytes,), (1,), torch.uint8)])
+
+    def start(message: Tensor, is_sender: bool) -> Callable[[], object]:
+        assert outbox is not None and inbox is not None, "only the two ranks send"
+        content = message.view(torch.uint8)
+        if not is_sender:
+            return inbox.expect(packing_of(content.numel()), lambda views: [content.copy_(views[0])]).join
+        outbox.send([content], packing_of(content.numel()))
+        return lambda: None
+
+    return Way(name="shared memory", start=start, buffered=True)
