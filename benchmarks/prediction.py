@@ -40,7 +40,7 @@ from autopipe.engine.step.clock import StepClock
 from autopipe.engine.step.microbatch import MicroBatch, split
 from autopipe.engine.step.programs import capture_program
 from autopipe.partition.arguments import checked_memory
-from autopipe.partition.assemble import Certificate, Run, assemble
+from autopipe.partition.assemble import Certificate, RunConfig, assemble
 from autopipe.plan import Plan
 from autopipe.verify.processes import run_processes
 from benchmarks.families import CASES, Case, make
@@ -65,7 +65,7 @@ def plan_of(profile: Profile, graph: CostGraph, share: float, num_microbatches: 
     memory = checked_memory(
         num_microbatches=num_microbatches, schedule="1f1b", optimizer="adamw", zero_stage=0, data_parallel=1, memory_limit=None
     )  # fmt: skip
-    run = Run(
+    run = RunConfig(
         num_stages=2, num_microbatches=num_microbatches, schedule="1f1b", data_parallel=1, zero_stage=0, objective="step",
         memory=memory,
     )  # fmt: skip

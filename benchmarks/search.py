@@ -20,7 +20,7 @@ from autopipe.capture import capture
 from autopipe.cluster import Cluster, Device
 from autopipe.partition import partition
 from autopipe.partition.cluster.device_layouts import layouts, on_cluster
-from autopipe.partition.cluster.strategy_search import Wanted, search
+from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.plan import Plan
 from autopipe.report.candidates import why
 from autopipe.simulate import fastest_schedule, simulate
@@ -82,7 +82,7 @@ def grid_steps_us(profiles: tuple[Profile, ...], cluster: Cluster, batch: int, l
 def timed(profiles: tuple[Profile, ...], cluster: Cluster, batch: int) -> tuple[Plan, float]:
     """The plan, and the CPU seconds that the search took."""
     start = time.process_time()
-    plan = search(profiles, cluster, Wanted(global_batch=batch))
+    plan = search(profiles, cluster, SearchSpace(global_batch=batch))
     return plan, time.process_time() - start
 
 

@@ -28,7 +28,7 @@ _LOG = logging.getLogger("autopipe.profiler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class LinkTransport:
     """How messages go between the two ranks, where they do not go over the process group.
 
     Attributes:
@@ -83,7 +83,7 @@ def measure_link(
     *,
     device: torch.device | str | None = None,
     cache: bool = True,
-    way: Way | None = None,
+    way: LinkTransport | None = None,
 ) -> LinkProfile:
     """Measures the link between the first two ranks of a group. Collective: every rank of the group calls it.
 
@@ -115,7 +115,10 @@ def measure_link(
 
 
 def measure_sizes(
-    group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None, way: Way | None = None
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+    way: LinkTransport | None = None,
 ) -> LinkMeasurement | None:
     """As `measure_link`, size by size and never from the cache; None on ranks beyond the first two.
 
@@ -143,7 +146,7 @@ class _Pair:
     """The two ends of a link; both run the same calls."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, members: Sequence[int], device: torch.device, way: Way | None
+        self, group: dist.ProcessGroup | None, members: Sequence[int], device: torch.device, way: LinkTransport | None
     ) -> None:
         self._group, self._device = group, device
         self._start = self._over_group if way is None else way.start

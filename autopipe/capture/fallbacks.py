@@ -12,7 +12,7 @@ from autopipe.capture.captured import Captured
 from autopipe.capture.exported import export_trace
 from autopipe.capture.places import is_internal, source_of
 from autopipe.capture.reading import SizeRead, Untraceable
-from autopipe.capture.trace import Call, TraceFailure, Way, trace
+from autopipe.capture.trace import Call, CaptureMode, TraceFailure, trace
 from autopipe.errors import AutopipeError, CaptureError
 
 _MAX_OPAQUE = 64
@@ -52,24 +52,24 @@ def recordings(model: nn.Module, call: Call, on_meta: bool) -> Iterator[Captured
 
 def _others(model: nn.Module, call: Call, first: TraceFailure | None, on_meta: bool) -> Iterator[Captured | None]:
     """The ways after the first; None for one that does not work."""
-    yield _attempt(model, call, Way(compiling=True))
+    yield _attempt(model, call, CaptureMode(compiling=True))
     if first is not None:
-        yield _with_places_kept(model, call, Way(), first, _LARGE)[0]
+        yield _with_places_kept(model, call, CaptureMode(), first, _LARGE)[0]
         if not isinstance(first.cause, Untraceable):
             yield export_trace(model, call)
     if not on_meta:
-        yield _with_places_kept(model, call, Way(real=True), None, _LARGE)[0]
+        yield _with_places_kept(model, call, CaptureMode(real=True), None, _LARGE)[0]
     if first is not None:
-        yield _with_places_kept(model, call, Way(), first)[0]
+        yield _with_places_kept(model, call, CaptureMode(), first)[0]
     if not on_meta:
-        captured, kept = _with_places_kept(model, call, Way(real=True), None)
+        captured, kept = _with_places_kept(model, call, CaptureMode(real=True), None)
         yield captured
         if captured is None and kept:
-            yield _attempt(model, call, Way(guarded=True, opaque=frozenset(kept)))
-        yield _attempt(model, call, Way(guarded=True))
+            yield _attempt(model, call, CaptureMode(guarded=True, opaque=frozenset(kept)))
+        yield _attempt(model, call, CaptureMode(guarded=True))
 
 
-def _attempt(model: nn.Module, call: Call, way: Way) -> Captured | None:
+def _attempt(model: nn.Module, call: Call, way: CaptureMode) -> Captured | None:
     try:
         return trace(model, call, way)
     except TraceFailure:  # the first failure is the one that is told
@@ -77,7 +77,7 @@ def _attempt(model: nn.Module, call: Call, way: Way) -> Captured | None:
 
 
 def _with_places_kept(
-    model: nn.Module, call: Call, way: Way, last: TraceFailure | None, limit: float = 1.0
+    model: nn.Module, call: Call, way: CaptureMode, last: TraceFailure | None, limit: float = 1.0
 ) -> tuple[Captured | None, dict[str, str]]:
     """Keeps the innermost places whole whose Python reads values; what the model's own code reads is guarded where it may be.
 

@@ -37,7 +37,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class CaptureMode:
     """How a model is recorded.
 
     Attributes:
@@ -81,7 +81,7 @@ class TraceFailure(Exception):
 State = dict[tuple[str, str], Any]
 
 
-def trace(model: nn.Module, call: Call, way: Way = Way()) -> Captured:
+def trace(model: nn.Module, call: Call, way: CaptureMode = CaptureMode()) -> Captured:
     """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not steer it.
 
     Raises:
@@ -100,7 +100,7 @@ def trace(model: nn.Module, call: Call, way: Way = Way()) -> Captured:
     return captured
 
 
-def _record(model: nn.Module, call: Call, start: State, way: Way) -> tuple[Captured, State]:
+def _record(model: nn.Module, call: Call, start: State, way: CaptureMode) -> tuple[Captured, State]:
     """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call changed too.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from autopipe.cost.build import DEFAULT_LINK, build_cost_graph, param_names
 from autopipe.cost.contraction import indivisible
-from autopipe.cost.graph import CostGraph, FloatArray, IntArray, Readers, RecomputeClass, StageDevices, sum_by
+from autopipe.cost.graph import CostGraph, FloatArray, IntArray, Readers, RecomputeOption, StageDevices, sum_by
 from autopipe.cost.stages import StageCosts, crossings, stage_costs
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "Readers",
-    "RecomputeClass",
+    "RecomputeOption",
     "StageCosts",
     "StageDevices",
     "build_cost_graph",

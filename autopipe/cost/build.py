@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from autopipe.cost.contraction import contract
-from autopipe.cost.graph import CostGraph, FloatArray, IntArray, Readers, RecomputeClass, sum_by
+from autopipe.cost.graph import CostGraph, FloatArray, IntArray, Readers, RecomputeOption, sum_by
 from profiler.records import LinkProfile, NodeProfile, Profile
 
 DEFAULT_LINK = LinkProfile(latency_us=10.0, bytes_per_us=25_000.0, overlap=1.0, measured=False)
@@ -48,7 +48,7 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
     tensors = _tensors(profile, edges, node_of)
     params = _parameters(profile, node_of)
     saved = total(node.saved_bytes for node in nodes)
-    nothing = RecomputeClass(
+    nothing = RecomputeOption(
         region=np.full(len(nodes), -1, np.int64),
         at_once=False,
         saved_bytes=saved,

@@ -22,7 +22,7 @@ class Readers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecomputeClass:
+class RecomputeOption:
     """One choice of what a stage computes again in the backward, and what each node then costs.
 
     Attributes:
@@ -114,7 +114,7 @@ class CostGraph:
     trainable: NDArray[np.bool_]
     param_readers: Readers
     link: LinkProfile
-    classes: tuple[RecomputeClass, ...]
+    classes: tuple[RecomputeOption, ...]
     devices: StageDevices | None = None
 
     @property

@@ -16,7 +16,7 @@ from autopipe.checkpoint import Reader, newest, open_weights
 from autopipe.config import PipelineConfig
 from autopipe.engine.failures.monitor import watched
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.shape import shape_of, shape_of_plan
+from autopipe.engine.ranks.mesh import mesh_shape, mesh_shape_of_plan
 from autopipe.engine.setup.auto_plan import left_to_search, search_plan
 from autopipe.engine.setup.place_parameters import place, release
 from autopipe.engine.setup.planning import capture_first, compare_ranks, num_microbatches_of, plan_layout
@@ -24,21 +24,21 @@ from autopipe.engine.state.async_checkpoint import Saver
 from autopipe.engine.state.checkpoint_state import collect, load
 from autopipe.engine.state.loss_scale import LossScale
 from autopipe.engine.state.master_weights import lower
-from autopipe.engine.state.optimizer import Optimizing
+from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.engine.state.parameters import StageParameters, zero_gradient
 from autopipe.engine.state.replicas import Replicas
-from autopipe.engine.step.batch_shard import Share, share_of
+from autopipe.engine.step.batch_shard import BatchShard, shard_batch_of
 from autopipe.engine.step.microbatch import Batch, MicroBatch, check_device, split
 from autopipe.engine.step.outputs import gather_outputs
 from autopipe.engine.step.programs import Kind
 from autopipe.engine.step.runner import Runner
-from autopipe.engine.training_loop import IteratorFront
+from autopipe.engine.training_loop import TrainingLoop
 from autopipe.placement import owners, with_unread
 from autopipe.plan import Plan
 from autopipe.stages import placement
 
 
-class Engine(IteratorFront):
+class Engine(TrainingLoop):
     """Trains a model as a pipeline over the processes of the launch; on one process, as one stage.
 
     Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once where an example was given.
@@ -53,7 +53,7 @@ class Engine(IteratorFront):
         self._saver = Saver(context)
         self._resume: Reader | None = None
         self.steps = 0
-        self._told = shape_of(config, context.world_size)
+        self._told = mesh_shape(config, context.world_size)
         if not left_to_search(config, context.world_size):
             self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
 
@@ -312,7 +312,7 @@ class Engine(IteratorFront):
             self._runner.add_program("train", True, microbatch, captured, stage_of)
         scale = LossScale.for_precision(config.precision)
         self._optimizing = context.agree(
-            lambda: Optimizing(config, parameters, self._replicas, self._transport, scale, originals)
+            lambda: ShardedOptimizer(config, parameters, self._replicas, self._transport, scale, originals)
         )
         self._parameters, self._plan = parameters, plan
         self._load_resumed()
@@ -325,7 +325,7 @@ class Engine(IteratorFront):
         )
         if self._laid is None and not for_output:
             found = search_plan(batch, config, context, capture)
-            self._lay_out(shape_of_plan(found[2], config, context.world_size), found[2].num_microbatches)
+            self._lay_out(mesh_shape_of_plan(found[2], config, context.world_size), found[2].num_microbatches)
             return found
         if self._laid is None:  # a prediction has no step to make short
             self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
@@ -358,9 +358,9 @@ class Engine(IteratorFront):
         self.prepare(args, kwargs, target)
         return self._split(args, kwargs, target)
 
-    def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> Share:
+    def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> BatchShard:
         self.watcher.enter("weighing the micro-batches")
-        return share_of(
+        return shard_batch_of(
             microbatches,
             self._config,
             self._layout,
@@ -376,7 +376,7 @@ class Engine(IteratorFront):
         step, _ = self._forward("eval", share)
         return self._ready().share_loss(step), share.total
 
-    def _forward(self, kind: Kind, share: Share) -> Any:
+    def _forward(self, kind: Kind, share: BatchShard) -> Any:
         return self._ready().run(kind, False, share, self.steps, reduce=_nothing, stage_done=_nothing)
 
     def _reduce_tied(self, group: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from autopipe.config import PipelineConfig
-from autopipe.engine.failures.monitor import Watcher, watched
+from autopipe.engine.failures.monitor import RankMonitor, watched
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout, Shape, make_layout
-from autopipe.engine.state.optimizer import Optimizing
+from autopipe.engine.ranks.mesh import MeshShape, ProcessMesh, make_mesh
+from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.engine.state.parameters import StageParameters
 from autopipe.engine.step.step_stats import Measurements, merge_timelines, transfer_times_us
 from autopipe.engine.transport.p2p import Transport
@@ -23,27 +23,27 @@ from autopipe.report import chrome_trace
 from autopipe.report.measured import measured_report
 
 
-class Readings:
+class EngineState:
     """The engine's state, and what users read of it. `_plan`, `_parameters` and `_optimizing` are None before the first batch, `_laid`
     where the planner is to choose the layout."""
 
     def __init__(self, config: PipelineConfig, context: Context) -> None:
         self._config, self._context = config, context
-        self._laid: Layout | None = None
+        self._laid: ProcessMesh | None = None
         self._num_microbatches = 0
         self._transport = Transport(context)
         self._measured = Measurements()
         self._plan: Plan | None = None
         self._parameters: StageParameters | None = None
-        self._optimizing: Optimizing | None = None
+        self._optimizing: ShardedOptimizer | None = None
 
-    def _lay_out(self, shape: Shape, num_microbatches: int) -> None:
+    def _lay_out(self, shape: MeshShape, num_microbatches: int) -> None:
         """Settles which rank runs what, and makes the process groups. Collective."""
-        self._laid, self._num_microbatches = make_layout(self._context, shape), num_microbatches
+        self._laid, self._num_microbatches = make_mesh(self._context, shape), num_microbatches
         self.watcher.stage = self._laid.stages[0]
 
     @property
-    def _layout(self) -> Layout:
+    def _layout(self) -> ProcessMesh:
         if self._laid is None:
             raise _not_laid_out()
         return self._laid
@@ -135,7 +135,7 @@ class Readings:
         return self._context.device
 
     @property
-    def watcher(self) -> Watcher:
+    def watcher(self) -> RankMonitor:
         """Tells the other ranks of failures here, and raises theirs."""
         return self._context.watcher
 
@@ -143,7 +143,7 @@ class Readings:
         assert self._parameters is not None
         return self._parameters
 
-    def _optimizer(self) -> Optimizing:
+    def _optimizer(self) -> ShardedOptimizer:
         assert self._optimizing is not None
         return self._optimizing
 

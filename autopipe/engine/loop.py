@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.state.optimizer import Optimizing
+from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.errors import AutopipeError, ConfigError, EngineError
 
 _LOG = logging.getLogger("autopipe.engine")
@@ -155,7 +155,13 @@ class Progress:
         self.loss_sum, self.num_losses, self.samples = self.loss_sum + loss, self.num_losses + 1, self.samples + samples
 
     def say(
-        self, step: int, optimizing: Optimizing, *, norm: float | None, bubble: float | None, counted_ranks: list[int]
+        self,
+        step: int,
+        optimizing: ShardedOptimizer,
+        *,
+        norm: float | None,
+        bubble: float | None,
+        counted_ranks: list[int],
     ) -> None:
         """One line on the first rank, from all. Collective.
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autopipe.engine.failures.monitor import watched
-from autopipe.engine.introspection import Readings
+from autopipe.engine.introspection import EngineState
 from autopipe.engine.loop import Call, Progress, agreed_calls, no_data
 from autopipe.engine.step.microbatch import batch_size
 from autopipe.engine.step.step_stats import merge_timelines
 
 
-class IteratorFront(Readings, ABC):
+class TrainingLoop(EngineState, ABC):
     """`train` and `evaluate` over an iterator, and the mode that they train in."""
 
     _training = True

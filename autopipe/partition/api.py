@@ -9,7 +9,7 @@ from autopipe.cluster import Cluster, Device
 from autopipe.errors import PartitionError
 from autopipe.partition import arguments, planner
 from autopipe.partition.cluster.device_layouts import check_kinds
-from autopipe.partition.cluster.strategy_search import Wanted, search
+from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.partition.constraints import Constraints
 from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
 from autopipe.simulate.reschedule import WORTH_TRYING
@@ -42,7 +42,7 @@ def partition(
     time_budget_s: float | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Cuts a profiled graph into stages; with `num_devices` or `cluster` it also chooses how many, and how they are run.
+    """Cuts a profiled graph into stages; with `num_devices` or `cluster` it also constrains how many, and how they are run.
 
     Without devices, `num_stages` or `split_points` is needed. With them, stages x replicas x micro-batches x schedule x recompute x
     ZeRO are searched, and what is given of these stays as it is.
@@ -121,7 +121,7 @@ def partition(
     if schedule is not None:
         arguments.checked_choice(schedule, RUNNABLE, "schedule")
     counts = {"num_stages": num_stages, "num_microbatches": num_microbatches, "data_parallel": data_parallel}
-    wanted = Wanted(
+    wanted = SearchSpace(
         global_batch=arguments.checked_count(batch, "global_batch"),
         zero_stage=zero_stage,
         schedules=WORTH_TRYING if schedule is None else (schedule,),

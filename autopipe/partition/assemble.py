@@ -18,7 +18,7 @@ from profiler.records import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunConfig:
     """How the stages are run: what a plan records beside its cuts."""
 
     num_stages: int
@@ -42,7 +42,7 @@ class Certificate:
 def assemble(
     profile: Profile,
     graph: CostGraph,
-    run: Run,
+    run: RunConfig,
     stage_of: IntArray,
     certificate: Certificate,
     alternatives: dict[str, tuple[CostGraph, IntArray]],
@@ -97,7 +97,7 @@ def _usual(graph: CostGraph, num_stages: int) -> dict[str, IntArray]:
     }
 
 
-def _figures(name: str, graph: CostGraph, stage_of: IntArray, run: Run) -> Baseline:
+def _figures(name: str, graph: CostGraph, stage_of: IntArray, run: RunConfig) -> Baseline:
     costs = run_costs(graph, run.memory, stage_of, run.num_stages)
     compute = costs.forward_us + costs.backward_us
     step = simulated_step_us(costs, run.num_microbatches, run.schedule)

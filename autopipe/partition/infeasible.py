@@ -10,7 +10,7 @@ from autopipe.cost import IntArray
 from autopipe.errors import PartitionError
 from autopipe.partition.dp.intervals import IntervalCosts
 from autopipe.partition.memory.model import stage_memory
-from autopipe.partition.search.bottleneck import Problem
+from autopipe.partition.problem import Problem
 
 MIB = 2.0**20
 

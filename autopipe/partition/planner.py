@@ -13,7 +13,7 @@ import numpy as np
 from autopipe.cost import CostGraph, IntArray, StageDevices, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import arguments
-from autopipe.partition.assemble import Certificate, Run, assemble
+from autopipe.partition.assemble import Certificate, RunConfig, assemble
 from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time, pipedream
 from autopipe.partition.bounds import load_bound_us, step_bound_us
 from autopipe.partition.constraints import Constraints, impossible
@@ -21,9 +21,10 @@ from autopipe.partition.effort import Effort
 from autopipe.partition.infeasible import check_fits
 from autopipe.partition.memory.model import run_costs
 from autopipe.partition.memory.recompute import with_recompute
-from autopipe.partition.search.bottleneck import Problem, Solution, first_splits
+from autopipe.partition.problem import Problem, Solution
+from autopipe.partition.search.bottleneck import first_splits
 from autopipe.partition.search.least_load import least_load, reduce_problem
-from autopipe.partition.search.shortest_step import Clock, shortest_step
+from autopipe.partition.search.shortest_step import StepTimeCache, shortest_step
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import RECOMPUTE, Plan
 from profiler.records import LinkProfile, Profile
@@ -104,7 +105,7 @@ def partition(
         data_parallel=arguments.checked_count(data_parallel, "data_parallel"),
         memory_limit=memory_limit,
     )
-    run = Run(
+    run = RunConfig(
         num_stages=K,
         num_microbatches=M,
         schedule=schedule,
@@ -113,7 +114,7 @@ def partition(
         objective=arguments.checked_choice(objective, arguments.OBJECTIVES, "objective"),
         memory=memory,
     )
-    asked = Asked(
+    asked = PlanRequest(
         profile=profile,
         link=arguments.checked_link(profile, link, overlap),
         recompute=arguments.checked_choice(recompute, RECOMPUTE, "recompute"),
@@ -123,7 +124,9 @@ def partition(
     return planned(asked, constraints or Constraints(), split_points, time_budget_s)
 
 
-def planned(asked: Asked, constraints: Constraints, split_points: Sequence[str] | None, time_budget_s: float) -> Plan:
+def planned(
+    asked: PlanRequest, constraints: Constraints, split_points: Sequence[str] | None, time_budget_s: float
+) -> Plan:
     """The plan for checked arguments."""
     profile, run, seed = asked.profile, asked.run, asked.seed
     problem = asked.problem(constraints)
@@ -139,13 +142,13 @@ def planned(asked: Asked, constraints: Constraints, split_points: Sequence[str] 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class PlanRequest:
     """The checked arguments of a call, from which the problem under any constraints follows."""
 
     profile: Profile
     link: LinkProfile
     recompute: str
-    run: Run
+    run: RunConfig
     seed: int
     devices: StageDevices | None = None
 
@@ -188,7 +191,7 @@ class Asked:
         return simulated_step_us(costs, self.run.num_microbatches, self.run.schedule)
 
 
-def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[IntArray, float, float]:
+def _searched(problem: Problem, run: RunConfig, effort: Effort, seed: int) -> tuple[IntArray, float, float]:
     """The best assignment that the search finds, and bounds on the largest load and on the step."""
     if problem.num_stages == 1:
         stage_of = np.zeros(problem.graph.num_nodes, np.int64)
@@ -213,7 +216,7 @@ def _searched(problem: Problem, run: Run, effort: Effort, seed: int) -> tuple[In
     if not small.merged:
         return found, best.bound_us, least
     # A reduced graph cannot give a stage to nodes without work, and a pipeline that is one stage shorter may be faster.
-    clock = Clock(problem, further)
+    clock = StepTimeCache(problem, further)
     whole = [found[small.index], *(start.stage_of for start in _usual(problem))]
     return min(whole, key=clock.step_us), best.bound_us, 0.0
 
@@ -260,7 +263,9 @@ def _as_told(profile: Profile, problem: Problem, split_points: Sequence[str]) ->
     return stage_of
 
 
-def _certificate(problem: Problem, run: Run, stage_of: IntArray, load_bound: float, step_bound: float) -> Certificate:
+def _certificate(
+    problem: Problem, run: RunConfig, stage_of: IntArray, load_bound: float, step_bound: float
+) -> Certificate:
     step_bound = max(step_bound, step_bound_us(problem.graph, problem.num_stages, run.num_microbatches, load_bound))
     costs = run_costs(problem.graph, problem.memory, stage_of, problem.num_stages)
     if run.objective == "bottleneck":

@@ -13,8 +13,8 @@ from autopipe.partition import partition
 from autopipe.partition.baselines import equal_time
 from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.problem import Problem
 from autopipe.partition.search.annealing import FROM_ANYWHERE, FROM_BEST, Cooling, Walk, annealed, step_peak
-from autopipe.partition.search.bottleneck import Problem
 from autopipe.simulate import h_bound_us
 from profiler.records import LinkProfile
 

@@ -12,7 +12,8 @@ from autopipe.cost import build_cost_graph
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.orders import relinearise, standard_orders
 from autopipe.partition.memory.model import MemoryModel
-from autopipe.partition.search.bottleneck import Problem, split_order
+from autopipe.partition.problem import Problem
+from autopipe.partition.search.bottleneck import split_order
 from profiler.records import LinkProfile
 
 

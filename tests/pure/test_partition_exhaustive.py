@@ -12,9 +12,9 @@ from autopipe.partition.constraints import Rules
 from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel, stage_memory
 from autopipe.partition.memory.recompute import with_recompute
-from autopipe.partition.search.bottleneck import Problem
+from autopipe.partition.problem import Problem
 from autopipe.partition.search.exhaustive import shortest_of_all
-from autopipe.partition.search.shortest_step import Clock
+from autopipe.partition.search.shortest_step import StepTimeCache
 from profiler.records import LinkProfile
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_shorter_than_what_is_found(seed: int, schedule: str) -> None
     elif seed % 4:
         rules = Rules(first=np.array([0]), alone=np.array([7]))
     problem = Problem(graph=graph, num_stages=K, memory=memory, rules=rules)
-    clock = Clock(problem, Effort(1e9))
+    clock = StepTimeCache(problem, Effort(1e9))
     best = min(clock.step_us(s) for s in every)
     found = shortest_of_all(problem, np.inf, Effort(1e9))
     assert found is not None

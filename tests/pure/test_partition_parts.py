@@ -18,7 +18,8 @@ from autopipe.partition.effort import Effort
 from autopipe.partition.graph.downsets import Lattice
 from autopipe.partition.graph.reduce import reduced
 from autopipe.partition.memory.model import MemoryModel
-from autopipe.partition.search.bottleneck import Problem, first_splits
+from autopipe.partition.problem import Problem
+from autopipe.partition.search.bottleneck import first_splits
 from autopipe.partition.timing import ranked_step_us, simulated_step_us
 from profiler.records import LinkProfile, NodeProfile, Profile
 

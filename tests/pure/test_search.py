@@ -10,7 +10,7 @@ from autopipe.cluster import Cluster, Device
 from autopipe.errors import ClusterError, PartitionError, ProfileError
 from autopipe.partition import partition
 from autopipe.partition.cluster.device_layouts import layouts, stage_devices
-from autopipe.partition.cluster.strategy_search import Wanted, search
+from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.plan import Plan
 from autopipe.simulate import fastest_schedule, rank_peak_bytes, simulate
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
@@ -67,19 +67,19 @@ def grid(profile: Profile, cluster: Cluster, batch: int) -> list[float]:
 def test_no_plan_of_a_small_grid_is_faster(between: LinkProfile, param_mib: int) -> None:
     profile = chain(param_mib=param_mib)
     cluster = Cluster.even(4, LINK, devices_per_node=2, between=between)
-    found = search([profile], cluster, Wanted(global_batch=8), time_budget_s=1.0)
+    found = search([profile], cluster, SearchSpace(global_batch=8), time_budget_s=1.0)
     assert found.step_us <= min(grid(profile, cluster, 8)) * (1 + 1e-9)
     assert 0 < found.search_bound_us <= found.step_us
     assert [c.step_us for c in found.candidates] == sorted(c.step_us for c in found.candidates)
     assert found.candidates[0].step_us == found.step_us == pytest.approx(simulate(found).makespan_us, rel=1e-9)
     assert all(c.lower_bound_us <= c.step_us * (1 + 1e-9) for c in found.candidates)
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert search([profile], cluster, Wanted(global_batch=8), time_budget_s=1.0) == found
+    assert search([profile], cluster, SearchSpace(global_batch=8), time_budget_s=1.0) == found
 
 
 def test_what_is_dear_stays_within_a_node() -> None:
     cluster = Cluster.even(8, LINK, devices_per_node=4, between=SLOW)
-    heavy_parameters = Wanted(global_batch=16, data_parallel=4, schedules=("1f1b",))
+    heavy_parameters = SearchSpace(global_batch=16, data_parallel=4, schedules=("1f1b",))
     found = search([chain(param_mib=64)], cluster, heavy_parameters)
     assert found.candidates[0].placement == "replicas"
     assert found.ranks == (0, 4, 1, 5, 2, 6, 3, 7)
@@ -91,27 +91,27 @@ def test_what_is_dear_stays_within_a_node() -> None:
 def test_memory_decides_where_it_must() -> None:
     profile = chain(param_mib=64)  # 1 GiB of parameters, 4 GiB with gradients and Adam
     roomy = Cluster.even(4, LINK, device=Device(memory_bytes=8192 * MIB))
-    free = search([profile], roomy, Wanted(global_batch=16))
+    free = search([profile], roomy, SearchSpace(global_batch=16))
     small = Cluster.even(4, LINK, device=Device(memory_bytes=1400 * MIB))
-    found = search([profile], small, Wanted(global_batch=16))
+    found = search([profile], small, SearchSpace(global_batch=16))
     assert found.num_stages >= 2 and found.step_us >= free.step_us
     assert max(rank_peak_bytes(found)) <= 1400 * MIB
     tiny = Cluster.even(4, LINK, device=Device(memory_bytes=500 * MIB))
     with pytest.raises(PartitionError, match=r"no way to use the 4 devices.*remedy"):
-        search([profile], tiny, Wanted(global_batch=16))
+        search([profile], tiny, SearchSpace(global_batch=16))
 
 
 def test_uneven_devices_get_work_by_their_speed_and_memory() -> None:
     fast, slow = Device(speed=3.0), Device(speed=1.0)
     cluster = Cluster(nodes=((slow, fast),), within=LINK, between=LINK)
-    found = search([chain(32)], cluster, Wanted(global_batch=32, data_parallel=1, schedules=("1f1b",)))
+    found = search([chain(32)], cluster, SearchSpace(global_batch=32, data_parallel=1, schedules=("1f1b",)))
     sizes = [len(stage.nodes) for stage in found.stages]
     assert max(sizes) == pytest.approx(24, abs=2)
     assert found.imbalance < 0.1
     mixed = Cluster(
         nodes=((Device(memory_bytes=600 * MIB), Device(memory_bytes=6000 * MIB)),), within=LINK, between=LINK
     )
-    found = search([chain(16, param_mib=32)], mixed, Wanted(global_batch=8, data_parallel=1, schedules=("1f1b",)))
+    found = search([chain(16, param_mib=32)], mixed, SearchSpace(global_batch=8, data_parallel=1, schedules=("1f1b",)))
     for stage in found.stages:
         assert stage.peak_bytes <= stage.memory_limit_bytes
 
@@ -123,11 +123,11 @@ def test_sizes_are_on_a_line_or_in_proportion_and_say_so() -> None:
     )
     assert at_size([one], 2).nodes[0].forward_us == 2 * one.nodes[0].forward_us
     cluster = Cluster.even(4, LINK)
-    assert search([one], cluster, Wanted(global_batch=16, num_microbatches=1)).scaling == "proportional"
-    found = search(check_sizes([four, one]), cluster, Wanted(global_batch=16, num_microbatches=2, data_parallel=4))
+    assert search([one], cluster, SearchSpace(global_batch=16, num_microbatches=1)).scaling == "proportional"
+    found = search(check_sizes([four, one]), cluster, SearchSpace(global_batch=16, num_microbatches=2, data_parallel=4))
     assert (found.microbatch_size, found.scaling, found.estimated) == (2, "affine", True)
     # Smaller than measured only where nothing else divides the batch.
-    assert search([four], cluster, Wanted(global_batch=64)).microbatch_size >= 4
+    assert search([four], cluster, SearchSpace(global_batch=64)).microbatch_size >= 4
     with pytest.raises(ProfileError, match="two profiles of micro-batch size 1"):
         check_sizes([one, one])
     with pytest.raises(ProfileError, match="other nodes at micro-batch size 4"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.step.clock import RUN_AHEAD, StepClock
 from autopipe.schedule import Action
 
@@ -32,7 +32,7 @@ class Event:
 def test_the_host_stays_a_fixed_number_of_spans_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     device, ahead = Device(), []
     monkeypatch.setattr(StepClock, "now", lambda self: device.record())
-    clock = StepClock(torch.device("cuda"), Watcher())
+    clock = StepClock(torch.device("cuda"), RankMonitor())
     for m in range(50):
         for kind in ("F", "B"):
             with clock.span(Action(kind, 0, m)):
@@ -43,7 +43,7 @@ def test_the_host_stays_a_fixed_number_of_spans_ahead(monkeypatch: pytest.Monkey
 
 
 def test_on_a_cpu_there_is_nothing_to_wait_for() -> None:
-    clock = StepClock(torch.device("cpu"), Watcher())
+    clock = StepClock(torch.device("cpu"), RankMonitor())
     for m in range(2 * RUN_AHEAD):
         with clock.span(Action("F", 0, m)):
             pass

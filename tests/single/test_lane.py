@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopipe.engine.transport.shm_buffers import Packing
+from autopipe.engine.failures.interrupt import Alarm, available
+from autopipe.engine.transport.shm_buffers import MessageLayout
 from autopipe.engine.transport.shm_channel import (
     _ANNOUNCED,
     GIVEN_AT_ONCE,
     LARGE_BYTES,
-    Alarm,
-    Inbox,
-    Outbox,
-    available,
+    ShmReceiver,
+    ShmSender,
 )
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs Linux")
@@ -27,8 +26,8 @@ def bytes_of(*values: int, size: int = 100) -> list[Tensor]:
     return [torch.full((size,), v, dtype=torch.uint8) for v in values]
 
 
-def packing_of(count: int = 1, size: int = 100) -> Packing:
-    return Packing([((size,), (1,), torch.uint8)] * count)
+def packing_of(count: int = 1, size: int = 100) -> MessageLayout:
+    return MessageLayout([((size,), (1,), torch.uint8)] * count)
 
 
 ONE = packing_of()
@@ -37,8 +36,8 @@ ONE = packing_of()
 @pytest.fixture
 def ends():
     alarm = Alarm()
-    inbox = Inbox(alarm)
-    outbox = Outbox(inbox.address)
+    inbox = ShmReceiver(alarm)
+    outbox = ShmSender(inbox.address)
     inbox.accept()
     yield outbox, inbox, alarm
     outbox.close()
@@ -87,7 +86,7 @@ def test_a_block_that_is_free_is_found_behind_one_that_is_too_small(ends) -> Non
 
 def test_a_block_keeps_its_views_of_repeated_messages_alone(ends) -> None:
     outbox, inbox, _ = ends
-    repeated, other = Packing([((100,), (1,), torch.uint8)], repeated=True), packing_of(2, size=30)
+    repeated, other = MessageLayout([((100,), (1,), torch.uint8)], repeated=True), packing_of(2, size=30)
     for i in range(3):
         for packing, message in ((repeated, bytes_of(i)), (other, bytes_of(10 + i, 20 + i, size=30))):
             outbox.send(message, packing)
@@ -104,7 +103,7 @@ def test_tensors_lie_in_a_block_with_the_strides_that_are_due(ends) -> None:
     x = torch.randn(3, 4, 5)
     sent = [x.transpose(0, 2), torch.tensor(3), x[:, ::2], torch.zeros(0, 2), (x > 0).permute(1, 2, 0)]
     due = [((5, 4, 3), (1, 5, 20)), ((), ()), ((3, 2, 5), (10, 5, 1)), ((0, 2), (2, 1)), ((4, 5, 3), (1, 4, 20))]
-    packing = Packing([(shape, stride, t.dtype) for (shape, stride), t in zip(due, sent, strict=True)])
+    packing = MessageLayout([(shape, stride, t.dtype) for (shape, stride), t in zip(due, sent, strict=True)])
     outbox.send(sent, packing)
     arrived = inbox.expect(packing).join()
     for there, here, (_, stride) in zip(sent, arrived, due, strict=True):

@@ -13,7 +13,7 @@ from autopipe.engine.failures.bootstrap import HEARTBEAT_VARIABLE, heartbeat_s
 from autopipe.engine.failures.coordinator import WITHOUT_EVIDENCE, verdict
 from autopipe.engine.failures.failure import Failure, is_connection_error
 from autopipe.engine.failures.process_state import State, host_identity, look, started_at
-from autopipe.engine.failures.stragglers import Pace, Place, Slowness
+from autopipe.engine.failures.stragglers import Pace, RankPhase, StragglerDetector
 from autopipe.errors import ConfigError, EngineError
 
 
@@ -54,14 +54,14 @@ def test_processes_of_this_host_are_seen() -> None:
     process.wait()
 
 
-def _place(phase: str, *, waiting: bool, for_s: float, usual_s: float | None = 0.1, serial: int = 1) -> Place:
-    return Place(stage=1, phase=phase, waiting=waiting, for_s=for_s, usual_s=usual_s, serial=serial)
+def _place(phase: str, *, waiting: bool, for_s: float, usual_s: float | None = 0.1, serial: int = 1) -> RankPhase:
+    return RankPhase(stage=1, phase=phase, waiting=waiting, for_s=for_s, usual_s=usual_s, serial=serial)
 
 
 def test_a_rank_is_slow_where_others_wait_for_it_and_it_is_quick_otherwise() -> None:
     waits = _place("forward of micro-batch 3", waiting=True, for_s=2.0)
     busy = _place("backward of micro-batch 0", waiting=False, for_s=2.0)
-    slowness = Slowness()
+    slowness = StragglerDetector()
     assert slowness.of_places({0: busy, 1: busy}) == []  # nobody waits: evaluation, say, on all ranks
     assert slowness.of_places({0: waits, 1: _place("the first step", waiting=False, for_s=9.0, usual_s=None)}) == []
     assert slowness.of_places({0: waits, 1: _place("saving", waiting=False, for_s=2.0, usual_s=1.5)}) == []
@@ -77,7 +77,7 @@ def _pace(stage: int, measured_us: float, planned_us: float) -> tuple[int, Pace]
 
 
 def test_a_stage_is_slow_against_its_plan_and_the_others() -> None:
-    slowness = Slowness()
+    slowness = StragglerDetector()
     even = [_pace(0, 90e3, 30e3), _pace(1, 60e3, 20e3)]  # the plan is of a faster device
     assert slowness.of_paces(even) == slowness.of_paces(even) == []
     slow = [_pace(0, 90e3, 30e3), _pace(1, 240e3, 20e3)]

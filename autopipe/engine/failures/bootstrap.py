@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autopipe.engine.failures.coordinator import HELLO_WITHIN_S, Board
+from autopipe.engine.failures.coordinator import HELLO_WITHIN_S, FailureCoordinator
 from autopipe.engine.failures.heartbeat import BoardHost
-from autopipe.engine.failures.json_socket import Wire
-from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.failures.json_socket import JsonSocket
+from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.failures.process_state import host_identity, started_at
 from autopipe.errors import ConfigError, EngineError
 
@@ -46,7 +46,7 @@ def heartbeat_s() -> float:
 
 
 def start_watching(
-    watcher: Watcher, world_size: int, gather: Callable[[Any], list[Any]], interrupt: Callable[[], None]
+    watcher: RankMonitor, world_size: int, gather: Callable[[Any], list[Any]], interrupt: Callable[[], None]
 ) -> None:
     """Makes the board on rank 0 and connects every rank's watcher to it. Collective.
 
@@ -62,7 +62,7 @@ def start_watching(
     board, offer = None, None
     if watcher.rank == 0:
         seconds, token = heartbeat_s(), secrets.token_hex(16)
-        board = Board(token, seconds, "127.0.0.1" if len(set(hosts)) == 1 else "", here)
+        board = FailureCoordinator(token, seconds, "127.0.0.1" if len(set(hosts)) == 1 else "", here)
         board.start()
         offer = (socket.getfqdn(), board.port, token, seconds, os.getpid(), started_at(os.getpid()))
     name, port, token, seconds, pid, started = gather(offer)[0]
@@ -83,12 +83,12 @@ def start_watching(
     _install()
 
 
-def _welcomed(addresses: list[str], port: int, rank: int, token: str, here: str, seconds: float) -> Wire | None:
+def _welcomed(addresses: list[str], port: int, rank: int, token: str, here: str, seconds: float) -> JsonSocket | None:
     """A connection that the board has welcomed; None where it cannot be made."""
     hello = {"token": token, "rank": rank, "host": here, "pid": os.getpid(), "started": started_at(os.getpid())}
     for address in addresses:
         with contextlib.suppress(OSError):
-            wire = Wire(socket.create_connection((address, port), timeout=HELLO_WITHIN_S), seconds)
+            wire = JsonSocket(socket.create_connection((address, port), timeout=HELLO_WITHIN_S), seconds)
             if wire.send({"hello": hello}) and wire.receive():
                 return wire
     return None
@@ -114,7 +114,7 @@ def wake(groups: list[Any], rank: int) -> None:
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
 
-_LIVE: list[Watcher] = []
+_LIVE: list[RankMonitor] = []
 _installed: list[bool] = []
 
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autopipe.engine.failures.failure import Failure
-from autopipe.engine.failures.json_socket import Message, Wire
+from autopipe.engine.failures.json_socket import JsonSocket, Message
 from autopipe.engine.failures.process_state import State, look
-from autopipe.engine.failures.stragglers import Pace, Place, Slowness
+from autopipe.engine.failures.stragglers import Pace, RankPhase, StragglerDetector
 
 _LOG = logging.getLogger("autopipe.engine")
 TICK_S = 0.1
@@ -64,12 +64,12 @@ class Member:
     """
 
     rank: int
-    wire: Wire
+    wire: JsonSocket
     host: str
     pid: int
     started: str
     heard_s: float
-    place: Place | None = None
+    place: RankPhase | None = None
     paces: list[Pace] = field(default_factory=list)
     note: str = ""
     seen: State | None = None
@@ -88,7 +88,7 @@ class Member:
         )
 
 
-class Board(threading.Thread):
+class FailureCoordinator(threading.Thread):
     """Collects what the watchers say, and tells all of them the first failure.
 
     Args:
@@ -107,9 +107,9 @@ class Board(threading.Thread):
         self.port = int(self._listener.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._strangers: dict[Wire, float] = {}
+        self._strangers: dict[JsonSocket, float] = {}
         self._members: dict[int, Member] = {}
-        self._slowness = Slowness()
+        self._slowness = StragglerDetector()
         self._first: Failure | None = None
         self._pending: tuple[Failure, float] | None = None
         self._open = True
@@ -150,11 +150,11 @@ class Board(threading.Thread):
     def _accept(self, now: float) -> None:
         sock, _ = self._listener.accept()
         sock.settimeout(HELLO_WITHIN_S)
-        wire = Wire(sock, self._heartbeat_s)
+        wire = JsonSocket(sock, self._heartbeat_s)
         self._strangers[wire] = now + HELLO_WITHIN_S
         self._selector.register(sock, selectors.EVENT_READ, wire)
 
-    def _receive(self, wire: Wire, now: float) -> None:
+    def _receive(self, wire: JsonSocket, now: float) -> None:
         messages = wire.receive()
         member = next((m for m in self._members.values() if m.wire is wire), None)
         for message in messages or ():
@@ -171,7 +171,7 @@ class Board(threading.Thread):
                 member.left = True
                 self._settle(member.failure(what_was_seen("gone", 0.0)))
 
-    def _admit(self, wire: Wire, message: Message, now: float) -> Member | None:
+    def _admit(self, wire: JsonSocket, message: Message, now: float) -> Member | None:
         hello = message.get("hello")
         if not isinstance(hello, dict) or hello.get("token") != self._token or hello["rank"] in self._members:
             return None
@@ -181,7 +181,7 @@ class Board(threading.Thread):
         wire.send({"welcome": 1})
         return member
 
-    def _forget(self, wire: Wire) -> None:
+    def _forget(self, wire: JsonSocket) -> None:
         self._strangers.pop(wire, None)
         self._selector.unregister(wire.sock)
         wire.close()
@@ -204,7 +204,7 @@ class Board(threading.Thread):
         for kind, value in message.items():
             match kind:
                 case "beat":
-                    member.place = Place(**value)
+                    member.place = RankPhase(**value)
                 case "pace":
                     member.paces = [Pace(**p) for p in value]
                     self._warn_of_paces(member)

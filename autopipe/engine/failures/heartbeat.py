@@ -16,9 +16,9 @@ from typing import Protocol
 
 from autopipe.engine.failures.coordinator import LATE_S, SECONDARY_S, beat_every, verdict, what_was_seen
 from autopipe.engine.failures.failure import BETWEEN_STEPS, Failure
-from autopipe.engine.failures.json_socket import Message, Wire
+from autopipe.engine.failures.json_socket import JsonSocket, Message
 from autopipe.engine.failures.process_state import look
-from autopipe.engine.failures.stragglers import Place
+from autopipe.engine.failures.stragglers import RankPhase
 
 _LOG = logging.getLogger("autopipe.engine")
 ANSWER_WITHIN_S = 2.0
@@ -36,7 +36,7 @@ class Here(Protocol):
         """Whether this rank is inside of a call of the engine."""
         ...
 
-    def place(self) -> Place:
+    def place(self) -> RankPhase:
         """Where this rank is now."""
         ...
 
@@ -54,7 +54,7 @@ class BoardHost:
     visible: bool
 
 
-class Link(threading.Thread):
+class HeartbeatClient(threading.Thread):
     """The thread that talks with the board.
 
     Attributes:
@@ -62,7 +62,7 @@ class Link(threading.Thread):
     """
 
     def __init__(
-        self, watcher: Here, wire: Wire, board: BoardHost, heartbeat_s: float, interrupt: Callable[[], None]
+        self, watcher: Here, wire: JsonSocket, board: BoardHost, heartbeat_s: float, interrupt: Callable[[], None]
     ) -> None:
         super().__init__(name="autopipe-watcher", daemon=True)
         self.wire = wire
@@ -72,7 +72,7 @@ class Link(threading.Thread):
         self._known = threading.Event()
         self._closing = threading.Event()
         self._warned = False
-        self._board_at = Place(stage=0, phase="starting", waiting=False, for_s=0.0, usual_s=None, serial=0)
+        self._board_at = RankPhase(stage=0, phase="starting", waiting=False, for_s=0.0, usual_s=None, serial=0)
 
     def run(self) -> None:
         """Beats, listens, and judges the silence of the board, until closed."""
@@ -115,7 +115,7 @@ class Link(threading.Thread):
                 message=f"{note + ' ' if note else ''}it has left, its engine closed or its script ended, while other ranks went on",
             )
         elif "beat" in message:
-            self._board_at = Place(**message["beat"])
+            self._board_at = RankPhase(**message["beat"])
         elif "look" in message:
             rank, pid, started = message["look"]
             self.wire.send({"saw": {"rank": rank, "state": look(pid, started)}})

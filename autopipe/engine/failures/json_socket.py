@@ -12,7 +12,7 @@ Message = dict[str, Any]
 MAX_LINE = 65536
 
 
-class Wire:
+class JsonSocket:
     """One end of a connection. Any thread may send; one thread receives."""
 
     def __init__(self, sock: socket.socket, gone_after_s: float) -> None:

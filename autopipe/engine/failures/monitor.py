@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
-from autopipe.engine.failures.coordinator import Board
+from autopipe.engine.failures.coordinator import FailureCoordinator
 from autopipe.engine.failures.failure import BETWEEN_STEPS, Failure, described, is_connection_error, phase_of
-from autopipe.engine.failures.heartbeat import BoardHost, Link
-from autopipe.engine.failures.json_socket import Wire
-from autopipe.engine.failures.stragglers import Pace, Place
+from autopipe.engine.failures.heartbeat import BoardHost, HeartbeatClient
+from autopipe.engine.failures.json_socket import JsonSocket
+from autopipe.engine.failures.stragglers import Pace, RankPhase
 from autopipe.errors import AutopipeError, EngineError
 from autopipe.schedule import Action
 
@@ -26,7 +26,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 KEPT_DURATIONS, TOLD_FROM = 32, 3
 
 
-class Watcher:
+class RankMonitor:
     """Where this rank is, and what has failed first. With one process there is nobody to tell.
 
     Attributes:
@@ -38,8 +38,8 @@ class Watcher:
         self.rank = rank
         self.stage: int | None = None
         self.closed = False
-        self._link: Link | None = None
-        self._board: Board | None = None
+        self._link: HeartbeatClient | None = None
+        self._board: FailureCoordinator | None = None
         self._what: tuple[Action | str, bool, float, int] = ("starting", False, time.monotonic(), 0)
         self._spent_s = 0.0
         self._durations: dict[Any, deque[float]] = {}
@@ -48,7 +48,12 @@ class Watcher:
         self._noted = False
 
     def connect(
-        self, wire: Wire, host: BoardHost, board: Board | None, heartbeat_s: float, interrupt: Callable[[], None]
+        self,
+        wire: JsonSocket,
+        host: BoardHost,
+        board: FailureCoordinator | None,
+        heartbeat_s: float,
+        interrupt: Callable[[], None],
     ) -> None:
         """Starts watching over a connection that the board has welcomed.
 
@@ -56,7 +61,7 @@ class Watcher:
             board: the board itself, on rank 0.
             interrupt: wakes what waits for other ranks, from any thread.
         """
-        self._link, self._board = Link(self, wire, host, heartbeat_s, interrupt), board
+        self._link, self._board = HeartbeatClient(self, wire, host, heartbeat_s, interrupt), board
         self._link.start()
 
     # -- where this rank is -------------------------------------------------------------------------------------------
@@ -91,12 +96,12 @@ class Watcher:
         yield
         self.enter(before)
 
-    def place(self) -> Place:
+    def place(self) -> RankPhase:
         """Where this rank is now."""
         what, waiting, since, serial = self._what
         key = (what.kind, what.stage) if isinstance(what, Action) else what
         durations = list(self._durations.get(key, ()))
-        return Place(
+        return RankPhase(
             stage=what.stage if isinstance(what, Action) else self.stage,
             phase=phase_of(what) if isinstance(what, Action) else what,
             waiting=waiting,
@@ -208,7 +213,7 @@ class Watcher:
 
 
 def watched(method: Method) -> Method:
-    """A method that users call, inside of `Watcher.call` of `self.watcher`."""
+    """A method that users call, inside of `RankMonitor.call` of `self.watcher`."""
 
     @functools.wraps(method)
     def inside(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ SLOW_EXCESS_US = 20e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankPhase:
     """Where a rank is.
 
     Attributes:
@@ -47,7 +47,7 @@ class Pace:
     planned_us: float
 
 
-class Slowness:
+class StragglerDetector:
     """Remembers what was said, so that it is said once."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Slowness:
         self._slow_before: set[tuple[int, int]] = set()
         self._said_pace: set[tuple[int, int]] = set()
 
-    def of_places(self, places: Mapping[int, Place]) -> list[str]:
+    def of_places(self, places: Mapping[int, RankPhase]) -> list[str]:
         """Warnings for ranks that have long been at something that is short otherwise, while others wait."""
         waiting = sorted(r for r, p in places.items() if p.waiting and p.for_s >= SLOW_AFTER_S)
         warnings = []

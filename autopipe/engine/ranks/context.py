@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from autopipe.engine.failures.bootstrap import start_watching, wake
-from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.failures.interrupt import Alarm
+from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.failures.preemption import Preemption
-from autopipe.engine.transport.shm_channel import Alarm
 from autopipe.errors import AutopipeError, ConfigError, EngineError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Context:
     device: torch.device
     control: Any = None
     owns_world: bool = False
-    watcher: Watcher = field(default_factory=Watcher)
+    watcher: RankMonitor = field(default_factory=RankMonitor)
     groups: list[Any] = field(default_factory=list)
     preemption: Preemption = field(default_factory=Preemption)
     alarm: Alarm = field(default_factory=Alarm)
@@ -165,7 +165,7 @@ def make_context(device: torch.device | str | None) -> Context:
     if dist.get_world_size() == 1:
         return Context(rank=0, world_size=1, device=chosen, owns_world=owns)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, watcher=Watcher(rank))
+    context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, watcher=RankMonitor(rank))
     context.control = context.new_group(backend="gloo")
     start_watching(context.watcher, world_size, context.gather, context.interrupt)
     return context

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopipe.config import PipelineConfig
 from autopipe.engine.ranks.context import Context
+from autopipe.errors import ConfigError, PlanError
+from autopipe.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class MeshShape:
     """How many stages and replicas the ranks of a launch run, and which rank runs which.
 
     Attributes:
@@ -40,7 +43,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ProcessMesh:
     """A shape as one rank sees it: a (data, pipeline) mesh, this rank's place in it, and its process groups.
 
     Attributes:
@@ -52,7 +55,7 @@ class Layout:
             where there is only one such rank. In a group ranks stand in ascending order, whatever the mesh says.
     """
 
-    shape: Shape
+    shape: MeshShape
     rank: int
     replica: int
     pipeline_rank: int
@@ -95,7 +98,7 @@ class Layout:
         return stage % self.num_ranks == self.pipeline_rank
 
 
-def make_layout(context: Context, shape: Shape) -> Layout:
+def make_mesh(context: Context, shape: MeshShape) -> ProcessMesh:
     """The layout of a run, and its process groups. Collective."""
     groups: dict[str, Any] = {}
     if shape.data_parallel > 1:
@@ -107,7 +110,7 @@ def make_layout(context: Context, shape: Shape) -> Layout:
     else:
         groups["pipeline_control"] = context.control
     replica, pipeline_rank = divmod(shape.ranks.index(context.rank), shape.num_ranks)
-    return Layout(shape=shape, rank=context.rank, replica=replica, pipeline_rank=pipeline_rank, **groups)
+    return ProcessMesh(shape=shape, rank=context.rank, replica=replica, pipeline_rank=pipeline_rank, **groups)
 
 
 def _own_group(rank_sets: Sequence[Sequence[int]], context: Context) -> Any:
@@ -118,3 +121,73 @@ def _own_group(rank_sets: Sequence[Sequence[int]], context: Context) -> Any:
         if context.rank in ranks and len(ranks) > 1:
             own = group
     return own
+
+
+def mesh_shape(config: PipelineConfig, world_size: int) -> MeshShape:
+    """The number of stages and of replicas for the processes of the launch.
+
+    Raises:
+        ConfigError: the processes cannot be divided so.
+        PlanError: the plan is for another number of processes.
+    """
+    if config.plan is not None:
+        return mesh_shape_of_plan(config.plan, config, world_size)
+    replicas = config.data_parallel
+    if replicas == "auto":
+        wanted = config.num_stages
+        fits = wanted != "auto" and wanted < world_size and world_size % wanted == 0
+        replicas = world_size // wanted if fits and wanted != "auto" else 1
+    if world_size % replicas:
+        raise _cannot_divide(
+            f"{world_size} processes for {replicas} replicas", f"launch a multiple of {replicas} processes"
+        )
+    num_ranks = world_size // replicas
+    num_stages = num_ranks if config.num_stages == "auto" else config.num_stages
+    if num_stages % num_ranks or (num_stages > num_ranks and config.schedule not in ("auto", "interleaved")):
+        several = "" if num_stages % num_ranks else ", or schedule='interleaved' to put several stages on each"
+        raise _cannot_divide(
+            f"num_stages = {num_stages} with {num_ranks} process{'es' if num_ranks > 1 else ''} a replica",
+            f"launch with `torchrun --nproc-per-node {num_stages * replicas}`, or leave num_stages at 'auto'{several}",
+        )
+    return MeshShape(num_stages=num_stages, data_parallel=replicas, ranks=tuple(range(world_size)))
+
+
+def mesh_shape_of_plan(plan: Plan, config: PipelineConfig, world_size: int) -> MeshShape:
+    """The shape that a plan says. One that names no ranks runs in as many replicas as there are processes for.
+
+    Raises:
+        PlanError: the processes are not those of the plan, or a setting beside it says something else.
+    """
+    P = plan.num_ranks or plan.num_stages
+    D = plan.data_parallel if plan.ranks else max(world_size // P, 1)
+    if world_size != D * P:
+        each = f"{P} process{'es' if P > 1 else ''} for each replica"
+        raise PlanError(
+            f"{world_size} process{'es' if world_size > 1 else ''} for a plan of {plan.num_stages} stages, {plan.data_parallel} replicas",
+            expected=f"{D * P} processes, whose ranks the plan names" if plan.ranks else each,
+            where="plan",
+            remedy=f"launch with `torchrun --nproc-per-node {P * plan.data_parallel}`, "
+            "or plan again for the processes that there are",
+        )
+    for name, planned in (("num_stages", plan.num_stages), ("data_parallel", D)):
+        if getattr(config, name) not in ("auto", planned):
+            raise PlanError(
+                f"{name} = {getattr(config, name)} beside a plan of {planned}",
+                expected="what the plan says",
+                where=f"plan and {name}",
+                remedy=f"leave {name} out, or plan again with it",
+            )
+    if plan.zero_stage and config.zero_stage == "auto" and config.optimizer is None:
+        raise PlanError(
+            f"a plan of ZeRO-{plan.zero_stage} without an optimizer",
+            expected="an optimizer whose state can be sharded",
+            where="plan and optimizer",
+            remedy="pass optimizer=, or zero_stage=0 to keep the whole state in every replica",
+        )
+    return MeshShape(num_stages=plan.num_stages, data_parallel=D, ranks=plan.ranks or tuple(range(world_size)))
+
+
+def _cannot_divide(got: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        got, expected="a process for each stage of each replica", where="autopipe.pipeline()", remedy=remedy
+    )

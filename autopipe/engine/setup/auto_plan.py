@@ -15,7 +15,7 @@ from autopipe.engine.ranks.context import Context
 from autopipe.engine.setup.planning import memory_limit, optimizer_states, profiled, zero_stages
 from autopipe.engine.step.microbatch import Batch, MicroBatch, batch_size, split
 from autopipe.partition import Constraints
-from autopipe.partition.cluster.strategy_search import Wanted, search
+from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.plan import Plan
 from autopipe.simulate.reschedule import WORTH_TRYING
 from profiler.records import LinkProfile, Profile
@@ -74,7 +74,7 @@ def search_plan(
     return captured, microbatch, plan
 
 
-def _wanted(config: PipelineConfig, size: int, world_size: int) -> Wanted:
+def _wanted(config: PipelineConfig, size: int, world_size: int) -> SearchSpace:
     """What the settings leave open."""
     data_parallel = None if config.data_parallel == "auto" else config.data_parallel
     num_microbatches = None if config.num_microbatches == "auto" else config.num_microbatches
@@ -82,7 +82,7 @@ def _wanted(config: PipelineConfig, size: int, world_size: int) -> Wanted:
     schedules: tuple[str, ...] = (config.schedule,)
     if config.schedule == "auto":  # a compiled stage is one autograd node, whose backward has no parts
         schedules = tuple(name for name in WORTH_TRYING if not (config.compile and name == "zb-h1"))
-    return Wanted(
+    return SearchSpace(
         global_batch=_divisible(size, world_size, data_parallel or 1, num_microbatches or 1),
         data_parallel=data_parallel,
         num_microbatches=num_microbatches,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +13,9 @@ import profiler
 from autopipe.capture import Captured
 from autopipe.config import PipelineConfig
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch, check_device
+from autopipe.engine.step.precision import precision_context
 from autopipe.engine.step.programs import capture_output, capture_program, mode_of
 from autopipe.engine.transport.shm_setup import close_lanes, open_lanes, way_over
 from autopipe.errors import PartitionError
@@ -61,7 +60,7 @@ def plan_layout(
     microbatch: MicroBatch,
     config: PipelineConfig,
     context: Context,
-    layout: Layout,
+    layout: ProcessMesh,
     num_microbatches: int,
     capture: Callable[[MicroBatch], Captured],
 ) -> tuple[Captured, MicroBatch, Plan]:
@@ -81,7 +80,7 @@ def make_plan(
     microbatch: MicroBatch,
     config: PipelineConfig,
     context: Context,
-    layout: Layout,
+    layout: ProcessMesh,
     num_microbatches: int,
 ) -> Plan:
     """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
@@ -204,11 +203,3 @@ def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:
         "run the same model code with the same configuration and batch shapes on all ranks",
     )
     context.require_equal(plan.plan_hash, "plan", "give all ranks the same plan")
-
-
-def precision_context(config: PipelineConfig, device: torch.device) -> Callable[[], Any]:
-    """Makes the context under which stages run."""
-    dtype = {"bf16": torch.bfloat16, "bf16-params": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=dtype)

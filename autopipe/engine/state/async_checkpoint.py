@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import autopipe.checkpoint as checkpoint
-from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.ranks.context import Context
 from autopipe.errors import ConfigError
 
@@ -58,7 +58,7 @@ class Saver:
             return checkpoint.write(directory, step, tensors, fixed, ranks=_ranks(self._context), keep=keep)
         if self._own is None:  # the training's own group is in use meanwhile
             group = self._context.new_group(backend="gloo") if self._context.control is not None else None
-            self._own = dataclasses.replace(self._context, control=group, watcher=Watcher(self._context.rank))
+            self._own = dataclasses.replace(self._context, control=group, watcher=RankMonitor(self._context.rank))
             atexit.register(self._at_exit)
         copies = {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
         ranks = _ranks(self._own)

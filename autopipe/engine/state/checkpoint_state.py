@@ -10,8 +10,8 @@ from torch import Tensor
 
 from autopipe.checkpoint import META, MODEL, OPTIMIZER, RNG, Reader
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout
-from autopipe.engine.state.optimizer import Optimizing
+from autopipe.engine.ranks.mesh import ProcessMesh
+from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.engine.state.parameters import StageParameters
 from autopipe.errors import CheckpointError
 from autopipe.plan import Plan
@@ -19,10 +19,10 @@ from autopipe.plan import Plan
 
 def collect(
     parameters: StageParameters,
-    optimizing: Optimizing,
+    optimizing: ShardedOptimizer,
     plan: Plan,
     context: Context,
-    layout: Layout,
+    layout: ProcessMesh,
     *,
     seed: int,
     client_state: Any,
@@ -57,7 +57,7 @@ def collect(
     return tensors, meta
 
 
-def load(reader: Reader, parameters: StageParameters, optimizing: Optimizing) -> None:
+def load(reader: Reader, parameters: StageParameters, optimizing: ShardedOptimizer) -> None:
     """Takes this rank's share out of a checkpoint, whatever layout wrote it."""
     meta = reader.meta
     named = {n: reader.key_of(parameters.aliases(n)) for n, _ in parameters.held()}

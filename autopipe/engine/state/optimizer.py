@@ -20,7 +20,7 @@ from autopipe.engine.transport.p2p import Transport
 from autopipe.errors import ConfigError, EngineError
 
 
-class Optimizing:
+class ShardedOptimizer:
     """The optimizer of this rank, over the parameters of its stages that it owns.
 
     Attributes:

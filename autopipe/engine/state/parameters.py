@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.transport.p2p import Transport
 from autopipe.errors import EngineError
 
@@ -32,7 +32,7 @@ class StageParameters:
         names: Mapping[str, str],
         owned: Mapping[str, tuple[int, ...]],
         context: Context,
-        layout: Layout,
+        layout: ProcessMesh,
     ) -> None:
         self._names, self._owned, self._context, self._layout = names, owned, context, layout
         everything = dict(model.named_parameters(remove_duplicate=False)) | dict(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients travel in buckets of about this size, as in `DistributedDataParallel`."""
@@ -18,7 +18,7 @@ BUCKET_BYTES = 25 * 2**20
 class Replicas:
     """What the ranks that hold the same stages say to each other. With one replica nothing is sent."""
 
-    def __init__(self, layout: Layout, zero_stage: int) -> None:
+    def __init__(self, layout: ProcessMesh, zero_stage: int) -> None:
         self._layout, self._zero_stage = layout, zero_stage
         self._pending: list[tuple[Any, Tensor, list[Tensor]]] = []
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from autopipe.config import PipelineConfig
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch, normalised, raw_weights
 from autopipe.engine.transport.p2p import Transport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class BatchShard:
     """This replica's share of a call.
 
     Attributes:
@@ -31,15 +31,15 @@ class Share:
     given: Sequence[MicroBatch]
 
 
-def share_of(
+def shard_batch_of(
     microbatches: list[MicroBatch],
     config: PipelineConfig,
-    layout: Layout,
+    layout: ProcessMesh,
     transport: Transport,
     *,
     most: int,
     weighted: bool = True,
-) -> Share:
+) -> BatchShard:
     """The share of this rank's replica. Collective where every replica has a batch of its own.
 
     Args:
@@ -58,8 +58,8 @@ def share_of(
             sums /= layout.num_ranks
         total, first = float(sums), layout.replica * most
         weights = normalised(raw, total)
-        return Share(microbatches=microbatches, weights=weights, first=first, total=total, given=microbatches)
+        return BatchShard(microbatches=microbatches, weights=weights, first=first, total=total, given=microbatches)
     shares, count = normalised(raw, sum(raw)), len(microbatches)
     begin, end = (count * (layout.replica + i) // layout.data_parallel for i in (0, 1))
     mine, weights = microbatches[begin:end], shares[begin:end]
-    return Share(microbatches=mine, weights=weights, first=begin, total=sum(raw), given=microbatches)
+    return BatchShard(microbatches=mine, weights=weights, first=begin, total=sum(raw), given=microbatches)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch
 from autopipe.engine.transport.p2p import MessageSpec, TensorSpec, Transport
 from autopipe.errors import EngineError
@@ -30,7 +30,7 @@ NOTHING = -(2**62)
 
 def compare_calls(
     context: Context,
-    layout: Layout,
+    layout: ProcessMesh,
     transport: Transport,
     kind: str,
     training: bool,
@@ -117,7 +117,7 @@ class CallComparison:
     """
 
     def __init__(
-        self, context: Context, layout: Layout, call: str, given: Sequence[MicroBatch], *, shared: bool
+        self, context: Context, layout: ProcessMesh, call: str, given: Sequence[MicroBatch], *, shared: bool
     ) -> None:
         self._context, self._given, self._group = context, given, 0 if shared else layout.replica
         self._call = call

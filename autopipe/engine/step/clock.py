@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autopipe.engine.failures.monitor import Watcher
+from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.schedule import Action
 
 RUN_AHEAD = 8
@@ -31,7 +31,7 @@ class StepClock:
     `allocated_bytes` is the most memory beyond what was there at its start, 0 where that was not counted.
     """
 
-    def __init__(self, device: torch.device, watcher: Watcher) -> None:
+    def __init__(self, device: torch.device, watcher: RankMonitor) -> None:
         self._device, self._on_cuda, self.watcher = device, device.type == "cuda", watcher
         self.marks: list[tuple[Action, bool, Any, Any]] = []
         self.allocated_bytes = 0

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch
 from autopipe.engine.step.stage_executor import StageRun
 from autopipe.engine.transport.p2p import as_bytes
@@ -20,7 +20,7 @@ Parts = list[tuple[int, list[Tensor]]]
 
 
 def gather_outputs(
-    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], layout: Layout, *, everywhere: bool
+    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], layout: ProcessMesh, *, everywhere: bool
 ) -> list[Tensor] | None:
     """The graph's outputs over the whole batch, on the CPU. Collective.
 
@@ -54,7 +54,7 @@ def _parts(run: StageRun, microbatches: Sequence[MicroBatch]) -> Parts:
     ]
 
 
-def _of_all_replicas(mine: Parts, layout: Layout) -> Parts:
+def _of_all_replicas(mine: Parts, layout: ProcessMesh) -> Parts:
     if layout.data_parallel == 1:
         return mine
     gathered: list[Any] = [None] * layout.data_parallel
@@ -63,7 +63,7 @@ def _of_all_replicas(mine: Parts, layout: Layout) -> Parts:
 
 
 def _share(
-    outputs: list[Tensor] | None, error: AutopipeError | None, layout: Layout, everywhere: bool
+    outputs: list[Tensor] | None, error: AutopipeError | None, layout: ProcessMesh, everywhere: bool
 ) -> tuple[list[Tensor] | None, AutopipeError | None]:
     """From the last stage to the other ranks of its replica: the error if there is one, and the outputs where they are wanted."""
     group, source = layout.pipeline_control, layout.rank_of(layout.num_stages - 1)

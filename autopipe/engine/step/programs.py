@@ -15,7 +15,7 @@ from torch import nn
 from autopipe.capture import Captured, capture
 from autopipe.capture.loss import LossFunction, no_loss
 from autopipe.capture.seeding import RandomSource
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch
 from autopipe.engine.step.split_backward import Division, division_of
 from autopipe.engine.transport.p2p import Flow, MessageSpec, TensorSpec
@@ -154,7 +154,7 @@ def make_program(
     kind: Kind,
     captured: Captured,
     stage_of: Mapping[str, int],
-    layout: Layout,
+    layout: ProcessMesh,
     random: RandomSource,
     *,
     compiled: bool,
@@ -186,7 +186,7 @@ def make_program(
     )
 
 
-def _route(specs: tuple[StageSpec, ...], stage: int, layout: Layout, *, repeated: bool) -> Route:
+def _route(specs: tuple[StageSpec, ...], stage: int, layout: ProcessMesh, *, repeated: bool) -> Route:
     message = partial(_message, repeated=repeated)
     spec = specs[stage]
     sources = sorted({i.source for i in spec.inputs} - {MODEL_INPUT})

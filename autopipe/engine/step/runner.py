@@ -16,13 +16,13 @@ from autopipe.capture import Captured
 from autopipe.capture.seeding import RandomSource, generators_kept
 from autopipe.config import PipelineConfig
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import Layout
-from autopipe.engine.setup.planning import precision_context
-from autopipe.engine.step.batch_shard import Share
+from autopipe.engine.ranks.mesh import ProcessMesh
+from autopipe.engine.step.batch_shard import BatchShard
 from autopipe.engine.step.call_check import CallComparison, LossSum, NeighbourComparison, compare_calls
 from autopipe.engine.step.clock import StepClock
 from autopipe.engine.step.interpreter import ActionFailure, run_actions
 from autopipe.engine.step.microbatch import MicroBatch
+from autopipe.engine.step.precision import precision_context
 from autopipe.engine.step.programs import Kind, Program, capture_program, make_program, mode_of, set_mode
 from autopipe.engine.step.stage_executor import StageRun, Step
 from autopipe.engine.transport.p2p import Transport
@@ -52,7 +52,7 @@ class Runner:
         model: nn.Module,
         config: PipelineConfig,
         context: Context,
-        layout: Layout,
+        layout: ProcessMesh,
         transport: Transport,
         plan: Plan,
         owned: Mapping[str, tuple[int, ...]],
@@ -161,7 +161,7 @@ class Runner:
         self,
         kind: Kind,
         training: bool,
-        share: Share,
+        share: BatchShard,
         number: int,
         *,
         loss_scale: float = 1.0,
@@ -282,7 +282,7 @@ class Runner:
         return step.loss.finish()
 
 
-def _flows(edges: Sequence[Edge], layout: Layout) -> list[tuple[int, int]]:
+def _flows(edges: Sequence[Edge], layout: ProcessMesh) -> list[tuple[int, int]]:
     """The flows of a stage graph in every replica, both directions, without those within a rank."""
     flows = []
     for replica in range(layout.data_parallel):

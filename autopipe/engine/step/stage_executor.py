@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autopipe.capture.seeding import RandomSource
-from autopipe.engine.ranks.mesh import Layout
+from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.call_check import LossSum
 from autopipe.engine.step.clock import StepClock
 from autopipe.engine.step.microbatch import MicroBatch
@@ -45,7 +45,7 @@ class Step:
     weights: Sequence[float]
     training: bool
     with_target: bool
-    layout: Layout
+    layout: ProcessMesh
     transport: Transport
     clock: StepClock
     random: RandomSource

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.transport.shm_buffers import Packing
-from autopipe.engine.transport.shm_channel import Inbox, Outbox
+from autopipe.engine.transport.shm_buffers import MessageLayout
+from autopipe.engine.transport.shm_channel import ShmReceiver, ShmSender
 from autopipe.engine.transport.shm_setup import Lanes, close_lanes, open_lanes
 
 Flow = tuple[int, int]
@@ -50,10 +50,10 @@ class MessageSpec:
     repeated: bool = False
 
     @cached_property
-    def packing(self) -> Packing:
+    def packing(self) -> MessageLayout:
         """How they lie in a lane's block."""
         tensors = [(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors]
-        return Packing(tensors, repeated=self.repeated)
+        return MessageLayout(tensors, repeated=self.repeated)
 
     @cached_property
     def travels(self) -> bool:
@@ -146,7 +146,7 @@ class Transport:
         if not spec.travels:
             return Works([], [])
         lane = self._lanes.get(flow)
-        if isinstance(lane, Outbox):
+        if isinstance(lane, ShmSender):
             lane.send(tensors, spec.packing)
             return Works([], [])
         flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
@@ -161,7 +161,7 @@ class Transport:
     def recv(self, flow: Flow, spec: MessageSpec) -> Handle:
         """Starts receiving into new tensors; from a lane they are made once the message is there."""
         lane = self._lanes.get(flow)
-        if isinstance(lane, Inbox) and spec.travels:
+        if isinstance(lane, ShmReceiver) and spec.travels:
             return lane.expect(spec.packing)
         # torch's allocator keeps memory by stream: a receive waits for no compute but those that have read what it is given
         with self._side(flow):

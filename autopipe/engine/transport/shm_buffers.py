@@ -15,7 +15,7 @@ from torch import Tensor
 _ALIGNED = 64
 
 
-class Packing:
+class MessageLayout:
     """How the tensors of a kind of message lie in a block.
 
     Args:
@@ -63,7 +63,7 @@ class Block:
 
     memory: mmap.mmap
     size: int
-    _packing: Packing | None = None
+    _packing: MessageLayout | None = None
     _views: Sequence[Tensor] = ()
 
     @classmethod
@@ -75,7 +75,7 @@ class Block:
         finally:
             os.close(fd)
 
-    def views(self, packing: Packing) -> Sequence[Tensor]:
+    def views(self, packing: MessageLayout) -> Sequence[Tensor]:
         """The tensors of a message on this memory; those of the last repeated one are kept, since between computes, when nothing
         of it is in the processor's cache, making a view takes as long as the copy."""
         if packing is self._packing:

@@ -16,14 +16,14 @@ import select
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
-from autopipe.engine.transport.shm_buffers import Block, Packing, copies
+from autopipe.engine.failures.interrupt import Alarm
+from autopipe.engine.transport.shm_buffers import Block, MessageLayout, copies
 
 _ANNOUNCED = struct.Struct("=?IQ")
 """What is said of a message: whether its block is new and comes with the next datagram, its block, and its bytes."""
@@ -37,33 +37,7 @@ PATIENCE_S = 60.0
 T = TypeVar("T")
 
 
-def available() -> bool:
-    """Whether this system has what lanes are made of."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "eventfd")
-
-
-class Alarm:
-    """Ends all waits for messages, from any thread and for good."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC) if available() else -1
-        self._lock = threading.Lock()  # a descriptor that was given back may be another file's
-
-    def ring(self) -> None:
-        """Every wait, and every one that comes, ends with an error; nothing happens once it is closed."""
-        with self._lock:
-            if self.fd >= 0:
-                os.eventfd_write(self.fd, 1)
-
-    def close(self) -> None:
-        """Gives the descriptor back."""
-        with self._lock:
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                os.close(fd)
-
-
-class Inbox:
+class ShmReceiver:
     """The receiving end.
 
     Attributes:
@@ -98,7 +72,7 @@ class Inbox:
         self._poll.register(self._socket, select.POLLIN)
         self._poll.register(self._alarm.fd, select.POLLIN)
 
-    def expect(self, packing: Packing, take: Callable[[Sequence[Tensor]], list[Tensor]] = copies) -> Arrival:
+    def expect(self, packing: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]] = copies) -> Arrival:
         """The next message that was not expected yet.
 
         Args:
@@ -114,7 +88,9 @@ class Inbox:
                 return False
         return True
 
-    def fetch(self, number: int, packing: Packing, take: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+    def fetch(
+        self, number: int, packing: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]]
+    ) -> list[Tensor]:
         """Waits for a message, and gives what `take` makes of it.
 
         Raises:
@@ -184,7 +160,7 @@ class Inbox:
             self._socket.close()
 
 
-class Outbox:
+class ShmSender:
     """The sending end, connected to an inbox's address.
 
     Raises:
@@ -201,7 +177,7 @@ class Outbox:
             self._socket.close()
             raise
 
-    def send(self, tensors: Sequence[Tensor], packing: Packing) -> None:
+    def send(self, tensors: Sequence[Tensor], packing: MessageLayout) -> None:
         """Sends tensors as one message; they may be written when it returns.
 
         Raises:
@@ -254,9 +230,9 @@ class Outbox:
 class Arrival:
     """A message that is expected."""
 
-    _inbox: Inbox
+    _inbox: ShmReceiver
     _number: int
-    _packing: Packing
+    _packing: MessageLayout
     _take: Callable[[Sequence[Tensor]], list[Tensor]]
     _taken: list[Tensor] | None = None
 

@@ -10,15 +10,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from autopipe.engine.failures.interrupt import available
 from autopipe.engine.failures.process_state import host_identity
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.transport.shm_buffers import Packing
-from autopipe.engine.transport.shm_channel import Inbox, Outbox, available
-from profiler.links import Way
+from autopipe.engine.transport.shm_buffers import MessageLayout
+from autopipe.engine.transport.shm_channel import ShmReceiver, ShmSender
+from profiler.links import LinkTransport
 
 _LOG = logging.getLogger("autopipe.engine")
 Flow = tuple[int, int]
-Lanes = dict[Flow, Inbox | Outbox | None]
+Lanes = dict[Flow, ShmReceiver | ShmSender | None]
 """This rank's end of each lane; None where both ends are other ranks."""
 
 
@@ -29,13 +30,13 @@ def open_lanes(flows: Sequence[Flow], context: Context) -> Lanes:
     local = [f for f in flows if hosts[f[0]] is not None and hosts[f[0]] == hosts[f[1]]]
     if not local:
         return {}
-    inboxes = {f: Inbox(context.alarm) for f in local if f[1] == context.rank}
+    inboxes = {f: ShmReceiver(context.alarm) for f in local if f[1] == context.rank}
     addresses = {f: a for part in context.gather({f: i.address for f, i in inboxes.items()}) for f, a in part.items()}
-    outboxes: dict[Flow, Outbox] = {}
+    outboxes: dict[Flow, ShmSender] = {}
     failures: dict[Flow, str] = {}
     for flow in (f for f in local if f[0] == context.rank):
         try:
-            outboxes[flow] = Outbox(addresses[flow])
+            outboxes[flow] = ShmSender(addresses[flow])
         except OSError as cause:
             failures[flow] = str(cause)
     failed = {f: why for part in context.gather(failures) for f, why in part.items()}
@@ -46,7 +47,7 @@ def open_lanes(flows: Sequence[Flow], context: Context) -> Lanes:
             inbox.close()
         else:
             inbox.accept()
-    mine: dict[Flow, Inbox | Outbox] = {**inboxes, **outboxes}
+    mine: dict[Flow, ShmReceiver | ShmSender] = {**inboxes, **outboxes}
     return {f: mine.get(f) for f in local if f not in failed}
 
 
@@ -57,16 +58,16 @@ def close_lanes(lanes: Lanes) -> None:
             end.close()
 
 
-def way_over(lanes: Lanes) -> Way | None:
+def way_over(lanes: Lanes) -> LinkTransport | None:
     """The two lanes between two ranks, as the profiler measures them; None where there are none."""
     if not lanes:
         return None
-    outbox = next((end for end in lanes.values() if isinstance(end, Outbox)), None)
-    inbox = next((end for end in lanes.values() if isinstance(end, Inbox)), None)
+    outbox = next((end for end in lanes.values() if isinstance(end, ShmSender)), None)
+    inbox = next((end for end in lanes.values() if isinstance(end, ShmReceiver)), None)
 
     @cache
-    def packing_of(num_bytes: int) -> Packing:
-        return Packing([((num_bytes,), (1,), torch.uint8)])
+    def packing_of(num_bytes: int) -> MessageLayout:
+        return MessageLayout([((num_bytes,), (1,), torch.uint8)])
 
     def start(message: Tensor, is_sender: bool) -> Callable[[], object]:
         assert outbox is not None and inbox is not None, "only the two ranks send"
@@ -76,4 +77,4 @@ def way_over(lanes: Lanes) -> Way | None:
         outbox.send([content], packing_of(content.numel()))
         return lambda: None
 
-    return Way(name="shared memory", start=start, buffered=True)
+    return LinkTransport(name="shared memory", start=start, buffered=True)

@@ -25,7 +25,7 @@ STAGES, REPLICAS = "stages", "replicas"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class DeviceLayout:
     """D replicas of P ranks on D x P devices.
 
     Attributes:
@@ -44,13 +44,13 @@ class Layout:
         return self.ranks[pipeline_rank :: self.num_ranks]
 
 
-def layouts(cluster: Cluster, data_parallel: int) -> Iterator[Layout]:
+def layouts(cluster: Cluster, data_parallel: int) -> Iterator[DeviceLayout]:
     """The different layouts of so many replicas on all devices: those that cost the same appear once."""
     num_devices = len(cluster.devices)
     D, P = data_parallel, num_devices // data_parallel
     seen = set()
     for placement, ranks in _orders(cluster, D, P):
-        layout = Layout(data_parallel=D, num_ranks=P, placement=placement, ranks=ranks)
+        layout = DeviceLayout(data_parallel=D, num_ranks=P, placement=placement, ranks=ranks)
         devices = stage_devices(cluster, layout, P)
         costs = tuple(getattr(devices, field.name).tobytes() for field in dataclasses.fields(devices))
         key = (costs, memory_limits(cluster, layout, P))
@@ -93,7 +93,7 @@ def _replicas_together(devices: list[int], D: int, P: int) -> tuple[int, ...]:
     return tuple(devices[p * D + d] for d in range(D) for p in range(P))
 
 
-def stage_devices(cluster: Cluster, layout: Layout, num_stages: int) -> StageDevices:
+def stage_devices(cluster: Cluster, layout: DeviceLayout, num_stages: int) -> StageDevices:
     """What each of K stages runs on, stage s on pipeline rank s modulo P: the slowest of its replicas, and of their links.
 
     Gradients are summed by a ring over the replicas (Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009), at the pace of its
@@ -124,7 +124,7 @@ def stage_devices(cluster: Cluster, layout: Layout, num_stages: int) -> StageDev
     )
 
 
-def memory_limits(cluster: Cluster, layout: Layout, num_stages: int) -> tuple[float, ...]:
+def memory_limits(cluster: Cluster, layout: DeviceLayout, num_stages: int) -> tuple[float, ...]:
     """(K) memory of each stage's device, shared evenly where a device runs several stages; infinite without a limit."""
     P = layout.num_ranks
     each = [min(_memory(cluster, r) for r in layout.replicas_of(p)) for p in range(P)]
@@ -157,7 +157,7 @@ def on_cluster(plan: Plan, cluster: Cluster) -> Plan:
     P, D = plan.num_ranks or plan.num_stages, plan.data_parallel
     cluster = cluster.first(P * D)
     check_kinds(cluster, plan.device)
-    layout = Layout(data_parallel=D, num_ranks=P, placement=STAGES, ranks=plan.ranks or tuple(range(P * D)))
+    layout = DeviceLayout(data_parallel=D, num_ranks=P, placement=STAGES, ranks=plan.ranks or tuple(range(P * D)))
     devices = stage_devices(cluster, layout, plan.num_stages)
     limits = memory_limits(cluster, layout, P)
     stages = tuple(
@@ -183,7 +183,7 @@ def _reduction_us(devices: StageDevices, stage: StagePlan) -> float:
     return float(devices.reduce_latency_us[k] + devices.reduce_us_per_byte[k] * stage.gradient_bytes)
 
 
-def nominal_link(cluster: Cluster, layout: Layout) -> LinkProfile:
+def nominal_link(cluster: Cluster, layout: DeviceLayout) -> LinkProfile:
     """The link with which the dynamic program counts: that of the slowest border of the pipeline."""
     P = layout.num_ranks
     pairs = [

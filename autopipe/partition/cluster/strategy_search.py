@@ -19,11 +19,11 @@ from autopipe.cluster import Cluster
 from autopipe.cost import CostGraph, StageDevices, build_cost_graph
 from autopipe.errors import PartitionError
 from autopipe.partition import arguments
-from autopipe.partition.assemble import Run
+from autopipe.partition.assemble import RunConfig
 from autopipe.partition.bounds import load_bound_us, step_bound_us
-from autopipe.partition.cluster.device_layouts import Layout, layouts, memory_limits, nominal_link, stage_devices
+from autopipe.partition.cluster.device_layouts import DeviceLayout, layouts, memory_limits, nominal_link, stage_devices
 from autopipe.partition.constraints import Constraints
-from autopipe.partition.planner import Asked, planned
+from autopipe.partition.planner import PlanRequest, planned
 from autopipe.plan import Candidate, Plan
 from autopipe.simulate import plan_costs, rank_peak_bytes, rescheduled, schedules_for, step_time_us
 from autopipe.simulate.reschedule import WORTH_TRYING, within_memory
@@ -41,7 +41,7 @@ ROUNDS, SEVERAL = (2, 4), 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SearchSpace:
     """What is given, and what is left open (None, or several).
 
     Attributes:
@@ -63,10 +63,10 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class ParallelStrategy:
     """A way to use the devices: a layout, the stages on each rank, and the micro-batches of a replica."""
 
-    layout: Layout
+    layout: DeviceLayout
     rounds: int
     num_microbatches: int
     microbatch_size: int
@@ -78,7 +78,7 @@ class Way:
 
 
 def search(
-    profiles: Sequence[Profile], cluster: Cluster, wanted: Wanted, *, time_budget_s: float = 8.0, seed: int = 0
+    profiles: Sequence[Profile], cluster: Cluster, wanted: SearchSpace, *, time_budget_s: float = 8.0, seed: int = 0
 ) -> Plan:
     """The plan with the shortest simulated step that uses all devices of a cluster, of those that fit into their memory.
 
@@ -99,11 +99,11 @@ def search(
 
 class _Search:
     def __init__(
-        self, profiles: Sequence[Profile], cluster: Cluster, wanted: Wanted, time_budget_s: float, seed: int
+        self, profiles: Sequence[Profile], cluster: Cluster, wanted: SearchSpace, time_budget_s: float, seed: int
     ) -> None:
         self.profiles, self.cluster, self.wanted = profiles, cluster, wanted
         self.budget_s, self.seed = time_budget_s, seed
-        self.found: dict[tuple[Way, str, int], Plan] = {}
+        self.found: dict[tuple[ParallelStrategy, str, int], Plan] = {}
         self.failures: list[PartitionError] = []
         self._graphs: dict[int, CostGraph] = {}
 
@@ -132,7 +132,7 @@ class _Search:
 
     # -- what there is to choose from ---------------------------------------------------------------------------------
 
-    def ways(self) -> Iterator[Way]:
+    def ways(self) -> Iterator[ParallelStrategy]:
         """All ways with one stage on each rank; with more where that is asked for, by the numbers or by the schedule."""
         wanted, num_devices = self.wanted, len(self.cluster.devices)
         for D in _divisors(num_devices):
@@ -148,7 +148,7 @@ class _Search:
             for layout in layouts(self.cluster, D):
                 for M in sizes:
                     size = wanted.global_batch // D // M
-                    yield Way(layout=layout, rounds=rounds, num_microbatches=M, microbatch_size=size)
+                    yield ParallelStrategy(layout=layout, rounds=rounds, num_microbatches=M, microbatch_size=size)
 
     def _sizes(self, samples: int) -> list[int]:
         """Numbers of micro-batches of a replica's share of the batch.
@@ -186,7 +186,7 @@ class _Search:
             self._graphs[size] = build_cost_graph(at_size(self.profiles, size), self.cluster.within)
         return self._graphs[size]
 
-    def bound_us(self, way: Way) -> float:
+    def bound_us(self, way: ParallelStrategy) -> float:
         """What no split can go below on this way, however many stages each rank has and whatever the schedule."""
         graph, P = self.graph(way.microbatch_size), way.layout.num_ranks
         devices = stage_devices(self.cluster, way.layout, P)
@@ -194,7 +194,7 @@ class _Search:
         alone = P == 1 and way.rounds == 1
         return way.num_microbatches * load + (self._sums_us(way, devices) if alone else 0.0)
 
-    def own_bound_us(self, way: Way) -> float:
+    def own_bound_us(self, way: ParallelStrategy) -> float:
         """The same with as many stages on each rank as the way has.
 
         A rank with one stage sums its gradients when it has nothing more to compute; with several it can do both at once.
@@ -209,14 +209,14 @@ class _Search:
         divided = "zb-h1" in self.wanted.schedules
         return max(bound, shared, step_bound_us(graph, P, M, load_bound_us(graph, P), divided=divided))
 
-    def _sums_us(self, way: Way, devices: StageDevices) -> float:
+    def _sums_us(self, way: ParallelStrategy, devices: StageDevices) -> float:
         """Time of summing all gradients over the replicas, at the pace of the fastest ring."""
         graph = self.graph(way.microbatch_size)
         return float(devices.reduce_us_per_byte.min()) * float((graph.param_bytes * graph.trainable).sum())
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
-    def plan(self, way: Way, effort_s: float) -> None:
+    def plan(self, way: ParallelStrategy, effort_s: float) -> None:
         """Plans a way, unless it does not fit into memory; under ZeRO-1 only where memory is short without it: it costs time and shortens no step."""
         zero = self.wanted.zero_stage
         stages = (0, 1) if zero is None else (zero,)
@@ -234,7 +234,7 @@ class _Search:
             if not any(stage.recompute for stage in plan.stages):
                 return
 
-    def _planned(self, way: Way, zero_stage: int, effort_s: float) -> Plan:
+    def _planned(self, way: ParallelStrategy, zero_stage: int, effort_s: float) -> Plan:
         wanted, layout, K, M = self.wanted, way.layout, way.num_stages, way.num_microbatches
         limits = memory_limits(self.cluster, layout, K)
         memory = arguments.checked_memory(
@@ -249,7 +249,7 @@ class _Search:
             memory = dataclasses.replace(
                 memory, limit_bytes=min(limits), limits=() if len(set(limits)) == 1 else limits
             )
-        run = Run(
+        run = RunConfig(
             num_stages=K,
             num_microbatches=M,
             schedule="1f1b",
@@ -258,7 +258,7 @@ class _Search:
             objective="step",
             memory=memory,
         )
-        asked = Asked(
+        asked = PlanRequest(
             profile=at_size(self.profiles, way.microbatch_size),
             link=nominal_link(self.cluster, layout),
             recompute=wanted.recompute,
@@ -271,7 +271,7 @@ class _Search:
         in_order = layout.ranks == tuple(range(len(layout.ranks)))
         return plan if in_order else dataclasses.replace(plan, ranks=layout.ranks)
 
-    def _with_devices(self, plan: Plan, way: Way) -> Plan:
+    def _with_devices(self, plan: Plan, way: ParallelStrategy) -> Plan:
         """The plan with the memory of its devices, and how its figures were scaled."""
         layout = way.layout
         each = memory_limits(self.cluster, layout, layout.num_ranks)
@@ -287,8 +287,8 @@ class _Search:
             scaling=scaling_rule(self.profiles, way.microbatch_size),
         )
 
-    def _fastest(self, plan: Plan, way: Way) -> Plan:
-        """The plan under the fastest schedule that is allowed and fits, as `fastest_schedule` chooses; the slower are not played."""
+    def _fastest(self, plan: Plan, way: ParallelStrategy) -> Plan:
+        """The plan under the fastest schedule that is allowed and fits, as `fastest_schedule` constrains; the slower are not played."""
         ranks = way.layout.num_ranks
         names = list(schedules_for(way.num_stages, ranks, self.wanted.schedules))
         if any(stage.recompute for stage in plan.stages):

@@ -23,7 +23,7 @@ from autopipe.partition.dp.interval_dp import TOLERANCE
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.downsets import BoolArray, Lattice, Pool
 from autopipe.partition.graph.orders import by_priority, relinearise, standard_orders
-from autopipe.partition.search.bottleneck import Problem, Solution
+from autopipe.partition.problem import Problem, Solution
 
 FIRST_LIMIT, LAST_LIMIT = 300, 2400
 BANDS = (0.05, 0.15, 0.4)
@@ -137,9 +137,9 @@ class _Sweep:
         for k, (before, after) in enumerate(itertools.pairwise(pools)):
             pairs = Pairs(self.problem.graph, before, after)
             load = pairs.load_us()
-            choices = len(self.problem.graph.classes) if self.problem.memory.chooses(self.problem.graph) else 0
+            choices = len(self.problem.graph.classes) if self.problem.memory.constrains(self.problem.graph) else 0
             self.effort.spend(cells=load.size * (1 + 0.3 * choices + len(pairs.tensors) / 300))
-            if self.problem.memory.chooses(self.problem.graph):
+            if self.problem.memory.constrains(self.problem.graph):
                 wanted = np.isfinite(load) & ~pairs.equal
                 load = load + pairs.added_us(self.problem.memory, k, self.problem.num_stages, wanted)
             if self.problem.rules.any:

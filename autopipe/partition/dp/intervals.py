@@ -119,7 +119,7 @@ class IntervalCosts:
         self._all_in = entering(graph.tensor_readers, position[graph.producer], position, n, weights)
         self._all_out = leaving(graph, position, weights)
         self._all_held: Rectangles | None = None
-        if memory is not None and memory.chooses(graph):
+        if memory is not None and memory.constrains(graph):
             outside = np.full(len(graph.param_bytes), -1, np.int64)
             static = memory.static_bytes(graph)[None, :]
             self._all_held = entering(graph.param_readers, outside, position, n, static)
@@ -144,7 +144,7 @@ class IntervalCosts:
 
     @property
     def choices(self) -> int:
-        """Classes of recompute among which each interval chooses, 0 where memory is not counted."""
+        """Classes of recompute among which each interval constrains, 0 where memory is not counted."""
         return 0 if self._all_held is None else len(self.graph.classes)
 
     def exposed_us(self, rows: tuple[int, int], cols: tuple[int, int], kinds: tuple[int, ...]) -> FloatArray:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts, sum_by
-from autopipe.partition.memory.live_bytes import StageHold, Values, stage_hold
+from autopipe.partition.memory.live_bytes import StageLiveBytes, Values, stage_hold
 from autopipe.partition.memory.model import OPTIMIZER_STATES, MemoryModel, StageMemory, received_bytes
 from autopipe.schedule import Action, Costs, Edge, build_schedule
 from autopipe.schedule.program import MAX_POSTED_RECEIVES
@@ -83,7 +83,7 @@ def edge_bytes(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[F
     return there, back
 
 
-def _walked(actions: tuple[Action, ...], hold: StageHold, stage: int, messages: Messages) -> float:
+def _walked(actions: tuple[Action, ...], hold: StageLiveBytes, stage: int, messages: Messages) -> float:
     """The peak over a rank's actions, beside what is static. The engine waits for a sent gradient when two more have been sent."""
     posted: dict[tuple[str, int], float] = {}
     back_here, back_sent = float(messages.back[stage].sum()), float(messages.back[:, stage].sum())
@@ -120,7 +120,7 @@ def _optimizer_bytes(profile: Profile, graph: CostGraph, memory: MemoryModel, mi
     return float(trained.sum()) / memory.shards
 
 
-def _level(hold: StageHold, num_held: int, num_backwards: int) -> float:
+def _level(hold: StageLiveBytes, num_held: int, num_backwards: int) -> float:
     """Bytes beside static ones and messages while a compute runs on the last of `num_held` micro-batches."""
     own = hold.later_bytes + hold.gradient_bytes if num_backwards else hold.first_bytes
     return (num_held - 1) * hold.held_bytes + own

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass
+from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption
 from autopipe.partition.memory.model import MemoryModel
 
 Block = tuple[int, int]
@@ -67,7 +67,7 @@ class IntervalMemory:
 class _Way:
     """One class along an order: prefix sums, and the largest workspace of 1, 2, 4, … spans of the grid."""
 
-    def __init__(self, way: RecomputeClass, order: IntArray, grid: IntArray) -> None:
+    def __init__(self, way: RecomputeOption, order: IntArray, grid: IntArray) -> None:
         self.is_none, self.at_once = way.is_none, way.at_once
         self.saved, self.again = _prefix(way.saved_bytes, order, grid), _prefix(way.recompute_us, order, grid)
         self._spans = np.maximum.reduceat(way.workspace_bytes[order], grid[:-1])

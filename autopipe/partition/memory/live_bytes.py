@@ -19,7 +19,7 @@ from profiler.records import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageHold:
+class StageLiveBytes:
     """What one stage holds, in bytes.
 
     Attributes:
@@ -77,7 +77,7 @@ class Values(Storages):
         return found
 
 
-def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: int, received: float) -> StageHold:
+def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: int, received: float) -> StageLiveBytes:
     """What a stage holds under an assignment `stage_of` (n) of the graph's nodes.
 
     Args:
@@ -93,7 +93,7 @@ def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: in
     gradients = _gradients(values, mine, place, leaving)
     within = kept + gradients + values.workspace[nodes]
     made = values.param_gradients(mine)[nodes]
-    return StageHold(
+    return StageLiveBytes(
         static_bytes=float(parts.param_bytes[stage] + parts.optimizer_bytes[stage]),
         gradient_bytes=float(parts.gradient_bytes[stage]),
         held_bytes=float(kept[-1]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, StageCosts, crossings, stage_costs, sum_by
+from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption, StageCosts, crossings, stage_costs, sum_by
 from autopipe.schedule.program import MAX_POSTED_RECEIVES
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
@@ -56,7 +56,7 @@ class MemoryModel:
         ahead = min(MAX_POSTED_RECEIVES, self.num_microbatches - 1)
         return np.asarray(ahead * (2 * received + sent), np.float64)
 
-    def chooses(self, graph: CostGraph) -> bool:
+    def constrains(self, graph: CostGraph) -> bool:
         """Whether a stage's memory decides anything: whether it is allowed, or what it computes again."""
         return bool(np.isfinite(min(self.limits, default=self.limit_bytes))) or not graph.classes[0].is_none
 
@@ -125,7 +125,7 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
     )
 
 
-def _largest(ways: tuple[RecomputeClass, ...], stage_of: IntArray, num_stages: int) -> FloatArray:
+def _largest(ways: tuple[RecomputeOption, ...], stage_of: IntArray, num_stages: int) -> FloatArray:
     """(classes, K) the largest workspace of each stage, 0 where it is empty."""
     order = np.argsort(stage_of, kind="stable")
     size = np.bincount(stage_of, minlength=num_stages)
@@ -139,7 +139,7 @@ def _largest(ways: tuple[RecomputeClass, ...], stage_of: IntArray, num_stages: i
 def run_costs(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_stages: int) -> StageCosts:
     """`stage_costs` with the time of recompute in the backward of each stage."""
     costs = stage_costs(graph, stage_of, num_stages)
-    if not memory.chooses(graph):
+    if not memory.constrains(graph):
         return costs
     again = stage_memory(graph, memory, stage_of, num_stages).recompute_us / graph.speed(num_stages)
     return dataclasses.replace(costs, backward_us=costs.backward_us + again)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeClass, indivisible, sum_by
+from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption, indivisible, sum_by
 from autopipe.partition.memory.storages import Storages
 from profiler.records import Profile
 
@@ -41,7 +41,7 @@ def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGr
     whole = _class(profile, graph, memory, memory.regions(np.inf, np.inf), at_once=True)
     if recompute == "full":
         return dataclasses.replace(graph, classes=(whole,))
-    found: dict[bytes, RecomputeClass] = {}
+    found: dict[bytes, RecomputeOption] = {}
     for region in memory.choices():
         region = memory.numbered(memory.useful(region))
         if region.max() >= 0:
@@ -49,9 +49,9 @@ def with_recompute(graph: CostGraph, profile: Profile, recompute: str) -> CostGr
     return dataclasses.replace(graph, classes=(*graph.classes, *_worth_their_time([*found.values(), whole])))
 
 
-def _worth_their_time(classes: list[RecomputeClass]) -> list[RecomputeClass]:
+def _worth_their_time(classes: list[RecomputeOption]) -> list[RecomputeOption]:
     """By time, without those that hold and make no less than a faster one."""
-    kept: list[RecomputeClass] = []
+    kept: list[RecomputeOption] = []
     for way in sorted(classes, key=lambda c: (float(c.recompute_us.sum()), c.at_once)):
         size = np.array([way.saved_bytes.sum(), way.workspace_bytes.max()])
         if way.at_once or not any(
@@ -229,7 +229,7 @@ class _Memory(Storages):
         return np.asarray((region >= 0) & ~(final & self.ends & keeps), np.bool_)
 
 
-def _class(profile: Profile, graph: CostGraph, memory: _Memory, region: IntArray, *, at_once: bool) -> RecomputeClass:
+def _class(profile: Profile, graph: CostGraph, memory: _Memory, region: IntArray, *, at_once: bool) -> RecomputeOption:
     node_of, inside = graph.node_of(), region >= 0
     again = memory.repeated(region)
     count = int(region.max(initial=-1)) + 1
@@ -241,7 +241,7 @@ def _class(profile: Profile, graph: CostGraph, memory: _Memory, region: IntArray
     largest = np.zeros(graph.num_nodes)
     np.maximum.at(largest, node_of, workspace)
     time_us = np.where(again, memory.forward, 0.0) * profile.residual + np.where(entered, REGION_US, 0.0)
-    return RecomputeClass(
+    return RecomputeOption(
         region=region,
         at_once=at_once,
         saved_bytes=sum_by(node_of, memory.held(region), graph.num_nodes),

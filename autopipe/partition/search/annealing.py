@@ -23,7 +23,7 @@ from autopipe.cost import CostGraph, IntArray, stage_costs
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.orders import by_priority
 from autopipe.partition.memory.model import run_costs
-from autopipe.partition.search.bottleneck import Problem, Solution
+from autopipe.partition.problem import Problem, Solution
 
 COOLED_EVERY = 256
 
@@ -58,7 +58,7 @@ Peak = Callable[[list[float]], float]
 def can_anneal(problem: Problem) -> bool:
     """Whether loads decide: memory, rules and unlike devices are not part of the energy."""
     graph = problem.graph
-    return not (problem.memory.chooses(graph) or problem.rules.any or graph.devices is not None)
+    return not (problem.memory.constrains(graph) or problem.rules.any or graph.devices is not None)
 
 
 def annealed(

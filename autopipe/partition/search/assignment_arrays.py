@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autopipe.cost import CostGraph, FloatArray, IntArray
 from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel
-from autopipe.partition.search.bottleneck import Problem
+from autopipe.partition.problem import Problem
 from autopipe.schedule.actions import Edge
 from autopipe.schedule.orders import ORDERS
 from autopipe.schedule.program import unroll
@@ -26,7 +26,7 @@ Stages = NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class AssignmentCosts:
     """What A assignments cost: (K, A) busy times of the stages, and for each pair of stages (A) how long its messages hold the link.
 
     `sent` and `returned` say whether anything goes from a stage to another, and whether a gradient comes back.
@@ -39,9 +39,9 @@ class Batch:
     sent: dict[Pair, NDArray[np.bool_]]
     returned: dict[Pair, NDArray[np.bool_]]
 
-    def part(self, rows: IntArray) -> Batch:
+    def part(self, rows: IntArray) -> AssignmentCosts:
         """Some of the assignments."""
-        return Batch(
+        return AssignmentCosts(
             forward_us=self.forward_us[:, rows],
             backward_us=self.backward_us[:, rows],
             there_us={pair: us[rows] for pair, us in self.there_us.items()},
@@ -51,7 +51,7 @@ class Batch:
         )
 
     @classmethod
-    def of(cls, graph: CostGraph, num_stages: int, stages: Stages, again_us: FloatArray) -> Batch:
+    def of(cls, graph: CostGraph, num_stages: int, stages: Stages, again_us: FloatArray) -> AssignmentCosts:
         """Busy times and messages of each assignment, as `StageCosts.busy_us` and `links` have them for one."""
         K, link, readers = num_stages, graph.link, graph.tensor_readers
         pairs = [(s, t) for t in range(K) for s in range(t)]
@@ -91,7 +91,7 @@ def fitting(problem: Problem, stages: Stages) -> tuple[NDArray[np.bool_], FloatA
     """(A) whether all stages fit, and (K, A) the time of what they compute again."""
     graph, memory, K = problem.graph, problem.memory, problem.num_stages
     again = np.zeros((K, len(stages)))
-    if not memory.chooses(graph):
+    if not memory.constrains(graph):
         return np.ones(len(stages), bool), again
     all_fit = np.ones(len(stages), bool)
     static, readers, tensors = memory.static_bytes(graph), graph.param_readers, graph.tensor_readers
@@ -121,7 +121,7 @@ def fitting(problem: Problem, stages: Stages) -> tuple[NDArray[np.bool_], FloatA
     return all_fit, again
 
 
-def bounds_us(costs: Batch, M: int) -> FloatArray:
+def bounds_us(costs: AssignmentCosts, M: int) -> FloatArray:
     """(A) a time that no step of an assignment goes below: H without its last term (autopipe/simulate/bound.py)."""
     f, b = costs.forward_us, costs.backward_us
     K = len(f)
@@ -140,7 +140,7 @@ def bounds_us(costs: Batch, M: int) -> FloatArray:
     return bound
 
 
-def _round_trip_us(costs: Batch, q: int) -> FloatArray:
+def _round_trip_us(costs: AssignmentCosts, q: int) -> FloatArray:
     """(A) the longest time from the end of a forward on stage q, through later stages, to the start of its backward there."""
     f, b = costs.forward_us, costs.backward_us
     there = {q: np.zeros(f.shape[1])}
@@ -158,7 +158,7 @@ def _round_trip_us(costs: Batch, q: int) -> FloatArray:
     return longest
 
 
-def steps_us(costs: Batch, memory: MemoryModel, effort: Effort) -> FloatArray:
+def steps_us(costs: AssignmentCosts, memory: MemoryModel, effort: Effort) -> FloatArray:
     """(A) the simulated steps: the events of a schedule with a message between every two stages, those that are not sent left out."""
     K, used = len(costs.forward_us), [pair for pair, there in costs.sent.items() if there.any()]
     edges = [Edge(s, t, bool(costs.returned[s, t].any())) for s, t in sorted(used)]

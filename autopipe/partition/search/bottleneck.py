@@ -9,24 +9,22 @@ coarse over the whole order, then fine around the cuts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from random import Random
 
 import numpy as np
 
-from autopipe.cost import CostGraph, IntArray
+from autopipe.cost import IntArray
 from autopipe.partition.bounds import load_bound_us
-from autopipe.partition.constraints import Rules
 from autopipe.partition.dp.grids import grid
 from autopipe.partition.dp.interval_dp import TOLERANCE, best_split
 from autopipe.partition.dp.intervals import IntervalCosts
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.orders import depth_first, relinearise, standard_orders
-from autopipe.partition.memory.model import MemoryModel, run_costs, stage_memory
+from autopipe.partition.memory.model import run_costs, stage_memory
+from autopipe.partition.problem import Problem, Solution
 
-GRID_POSITIONS = 1200
 FIRST_GRID = 400
 BANDS = (0.6, 0.15, 0.03)
 """Widths of the fine grids around the cuts, as shares of the mean work of a stage."""
@@ -36,34 +34,6 @@ NOISE, ACCEPTED = 0.3, 1.003
 """Size of a kick's random factors (their logarithm's deviation), and how much worse a split may be to go on from it."""
 CLOSE_ENOUGH = 1e-4
 """A load this close to the bound, relatively, is not worth more search."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """An assignment of nodes to stages, its largest load, and an order of which its stages are intervals."""
-
-    load_us: float
-    stage_of: IntArray
-    order: IntArray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What is to be split: a graph into K stages, each within the memory of its device, as the rules say.
-
-    `with_recompute` gives the graph with its classes of recompute where the caller has ruled them out: for an error's remedy.
-    """
-
-    graph: CostGraph
-    num_stages: int
-    memory: MemoryModel
-    rules: Rules = field(default_factory=Rules)
-    with_recompute: Callable[[], CostGraph] | None = None
-
-    @property
-    def positions(self) -> int:
-        """The most positions of a grid: all of a graph of ordinary size."""
-        return max(GRID_POSITIONS, 8 * self.num_stages)
 
 
 def split_order(

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from autopipe.cost import IntArray
 from autopipe.partition.effort import Effort
-from autopipe.partition.search.assignment_arrays import CELL_S, Batch, Stages, bounds_us, fitting, steps_us
-from autopipe.partition.search.bottleneck import Problem
+from autopipe.partition.problem import Problem
+from autopipe.partition.search.assignment_arrays import CELL_S, AssignmentCosts, Stages, bounds_us, fitting, steps_us
 
 MOST_NODES, MOST_ASSIGNMENTS = 64, 150_000
 CHUNK = 8192
@@ -38,7 +38,7 @@ def shortest_of_all(problem: Problem, upper_us: float, effort: Effort) -> tuple[
         stages = stages[fits]
         if not len(stages):
             continue
-        costs = Batch.of(problem.graph, problem.num_stages, stages, again[:, fits])
+        costs = AssignmentCosts.of(problem.graph, problem.num_stages, stages, again[:, fits])
         bound = bounds_us(costs, problem.memory.num_microbatches)
         rows = np.argsort(bound, kind="stable")
         rows = rows[bound[rows] < best * (1 - 1e-9)]

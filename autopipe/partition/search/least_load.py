@@ -19,17 +19,9 @@ from autopipe.partition.dp.interval_dp import TOLERANCE
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.reduce import reduced
 from autopipe.partition.infeasible import least_peak_split, too_little_memory
+from autopipe.partition.problem import Problem, Solution
 from autopipe.partition.search.annealing import FROM_ANYWHERE, annealed, can_anneal
-from autopipe.partition.search.bottleneck import (
-    CLOSE_ENOUGH,
-    Problem,
-    Solution,
-    first_splits,
-    improve,
-    random_starts,
-    search,
-    split_order,
-)
+from autopipe.partition.search.bottleneck import CLOSE_ENOUGH, first_splits, improve, random_starts, search, split_order
 
 ROUNDS = 60
 """Starts of the search at most."""
@@ -54,7 +46,7 @@ def reduce_problem(problem: Problem) -> Reduced:
     """The problem on the reduced graph, where that is worth it, leaves enough nodes, and no node has a place."""
     n = problem.graph.num_nodes
     if n > SMALL and not problem.rules.any:
-        graph, index = reduced(problem.graph, limited=problem.memory.chooses(problem.graph))
+        graph, index = reduced(problem.graph, limited=problem.memory.constrains(problem.graph))
         if graph.num_nodes >= problem.num_stages:
             return Reduced(problem=dataclasses.replace(problem, graph=graph), index=index)
     return Reduced(problem=problem, index=np.arange(n))
@@ -153,7 +145,7 @@ def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution
 
 def _any_that_obeys(problem: Problem, effort: Effort) -> Solution:
     """Raises for a problem of which no standard order holds a solution: the rules alone are at fault, or memory is too."""
-    if problem.memory.chooses(problem.graph):
+    if problem.memory.constrains(problem.graph):
         memory = dataclasses.replace(problem.memory, limit_bytes=np.inf, limits=())
         without = first_splits(dataclasses.replace(problem, memory=memory), effort)
         if without:

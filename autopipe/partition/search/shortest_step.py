@@ -22,8 +22,9 @@ from autopipe.partition.dp.step_interval_dp import least_step_cuts
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.orders import depth_first, relinearise
 from autopipe.partition.memory.model import run_costs, stage_memory
+from autopipe.partition.problem import Problem, Solution
 from autopipe.partition.search.annealing import FROM_BEST, annealed, can_anneal, step_peak
-from autopipe.partition.search.bottleneck import Problem, Solution, kick
+from autopipe.partition.search.bottleneck import kick
 from autopipe.partition.search.exhaustive import shortest_of_all
 from autopipe.partition.search.local_moves import polish
 from autopipe.partition.timing import ranked_step_us
@@ -40,7 +41,7 @@ ACTION_S, ASSIGNMENT_S, NODE_S = 1e-6, 4e-4, 4e-7
 """Seconds that the simulator takes for an action, and that costing an assignment takes, and for each node of it."""
 
 
-class Clock:
+class StepTimeCache:
     """Simulated step times of assignments, each simulated once."""
 
     def __init__(self, problem: Problem, effort: Effort) -> None:
@@ -62,7 +63,7 @@ class Clock:
         if problem.rules.broken(stage_of, problem.num_stages):
             return np.inf
         costs = stage_costs(problem.graph, stage_of, problem.num_stages)
-        if memory.chooses(problem.graph):
+        if memory.constrains(problem.graph):
             held = stage_memory(problem.graph, memory, stage_of, problem.num_stages)
             if not memory.fits(held.peak_bytes):
                 return np.inf
@@ -77,7 +78,7 @@ def shortest_step(
 
     A small graph is searched whole. Otherwise: the starts, their neighbours, and descent from the best of them.
     """
-    clock = Clock(problem, effort)
+    clock = StepTimeCache(problem, effort)
     unique = list({s.stage_of.tobytes(): s for s in starts}.values())
     unique.sort(key=lambda s: clock.step_us(s.stage_of))
     least = clock.step_us(unique[0].stage_of)
@@ -105,12 +106,12 @@ def shortest_step(
     return _relinearised(problem, clock, best, random, effort), 0.0
 
 
-def _moved(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> IntArray:
+def _moved(problem: Problem, clock: StepTimeCache, start: Solution, effort: Effort) -> IntArray:
     stage_of = descend(problem, clock, start, effort)
     return polish(problem.graph, stage_of, problem.num_stages, clock.step_us, effort)
 
 
-def _relinearised(problem: Problem, clock: Clock, best: IntArray, random: Random, effort: Effort) -> IntArray:
+def _relinearised(problem: Problem, clock: StepTimeCache, best: IntArray, random: Random, effort: Effort) -> IntArray:
     """The same from other orders of the best stages, kicked every other time, until `STALL` in a row bring nothing."""
     idle, stall = 0, STALL_TINY if problem.graph.num_nodes <= TINY else STALL
     while idle < stall and not effort.spent:
@@ -148,7 +149,7 @@ def _distinct(solutions: list[Solution]) -> list[Solution]:
     return list({s.stage_of.tobytes(): s for s in reversed(solutions)}.values())[::-1]
 
 
-def _neighbours(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> list[Solution]:
+def _neighbours(problem: Problem, clock: StepTimeCache, start: Solution, effort: Effort) -> list[Solution]:
     """Splits of the same order with less traffic, and with the least critical path."""
     graph, positions = problem.graph, None
     if graph.num_nodes >= LARGE:
@@ -173,7 +174,7 @@ def _with_less_traffic(problem: Problem, costs: IntervalCosts, start: Solution, 
 
 
 def _with_shorter_path(
-    problem: Problem, clock: Clock, costs: IntervalCosts, start: Solution, effort: Effort
+    problem: Problem, clock: StepTimeCache, costs: IntervalCosts, start: Solution, effort: Effort
 ) -> list[Solution]:
     """Splits with the least H, the estimate of the round trip taken from the split before, while the step gets shorter."""
     K, M = problem.num_stages, problem.memory.num_microbatches
@@ -195,7 +196,7 @@ def _with_shorter_path(
     return found
 
 
-def descend(problem: Problem, clock: Clock, start: Solution, effort: Effort) -> IntArray:
+def descend(problem: Problem, clock: StepTimeCache, start: Solution, effort: Effort) -> IntArray:
     """Moves one cut of the order at a time, by ever smaller distances, while the simulated step gets shorter."""
     K, n = problem.num_stages, problem.graph.num_nodes
     bounds = [0, *np.cumsum(np.bincount(start.stage_of, minlength=K)).tolist()]
