@@ -185,7 +185,7 @@ class Machine:
 
 def held_bytes(engine: autopipe.Engine) -> int:
     """Parameters, buffers and optimizer state of this rank: what is there when a step has dropped the gradients of the last."""
-    held = [*engine.parameters(), *engine._placed().buffers()]
+    held = [*engine.parameters(), *engine._state.parameters.buffers()]
     state = engine.optimizer.state if engine.optimizer is not None else {}
     held += [v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return sum(t.untyped_storage().nbytes() for t in held)

@@ -1,63 +1,53 @@
-"""The engine: a batch in, a training step or an evaluation over all stages done, the loss out, the same on every rank."""
+"""The engine: trains, evaluates and predicts with a model as a pipeline, batch by batch, the same on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
+from tqdm import tqdm
 
-from autopipe.capture import Captured
-from autopipe.checkpoint import Reader, newest, open_weights
+from autopipe.checkpoint import Reader, newest
 from autopipe.config import PipelineConfig
-from autopipe.engine.failures.monitor import watched
+from autopipe.engine.data_feed import DataFeed
+from autopipe.engine.failures.monitor import RankMonitor, watched
+from autopipe.engine.introspection import report, write_trace
 from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import mesh_shape, mesh_shape_of_plan
-from autopipe.engine.setup.auto_plan import left_to_search, search_plan
-from autopipe.engine.setup.place_parameters import place, release
-from autopipe.engine.setup.planning import capture_first, compare_ranks, num_microbatches_of, plan_layout
+from autopipe.engine.setup.first_batch import Unprepared, unprepared
+from autopipe.engine.setup.prepared import Prepared
 from autopipe.engine.state.async_checkpoint import Saver
-from autopipe.engine.state.checkpoint_state import collect, load
-from autopipe.engine.state.loss_scale import LossScale
-from autopipe.engine.state.master_weights import lower
-from autopipe.engine.state.optimizer import ShardedOptimizer
-from autopipe.engine.state.parameters import StageParameters, zero_gradient
-from autopipe.engine.state.replicas import Replicas
-from autopipe.engine.step.batch_shard import BatchShard, shard_batch_of
-from autopipe.engine.step.microbatch import Batch, MicroBatch, check_device, split
+from autopipe.engine.step.microbatch import Batch, batch_size
 from autopipe.engine.step.outputs import gather_outputs
-from autopipe.engine.step.programs import Kind
-from autopipe.engine.step.runner import Runner
-from autopipe.engine.training_loop import TrainingLoop
-from autopipe.placement import owners, with_unread
+from autopipe.engine.step.step_stats import Measurements
+from autopipe.engine.training_loop import StepLog, evaluate_over, train_over
+from autopipe.engine.transport.p2p import Transport
+from autopipe.errors import EngineError
 from autopipe.plan import Plan
-from autopipe.stages import placement
 
 
-class Engine(TrainingLoop):
+class Engine:
     """Trains a model as a pipeline over the processes of the launch; on one process, as one stage.
 
-    Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once where an example was given.
+    Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once if an example was given.
     Every rank makes the same calls with the same batch (under `shard_batch=False`, the ranks of one replica do).
+
+    Attributes:
+        steps: training steps that are done.
     """
 
     def __init__(self, model: nn.Module, config: PipelineConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self._model = model
-        self._flags = {m: m.training for m in model.modules()}
-        self._runner: Runner | None = None
-        self._saver = Saver(context)
-        self._resume: Reader | None = None
+        self._config, self._context = config, context
+        self._transport, self._saver, self._measured = Transport(context), Saver(context), Measurements()
+        self._state: Unprepared | Prepared = unprepared(model, config, context, self._transport)
+        self._feed = DataFeed(context, self._transport, with_target=config.loss_fn is not None)
+        self._training = True
         self.steps = 0
-        self._told = mesh_shape(config, context.world_size)
-        if not left_to_search(config, context.world_size):
-            self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
 
-    # -- what users call ----------------------------------------------------------------------------------------------
+    # -- one batch ----------------------------------------------------------------------------------------------------
 
     @watched
     def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
@@ -77,31 +67,20 @@ class Engine(TrainingLoop):
             EngineError: a rank failed; the message is the first rank's, on every rank.
             CaptureError, PartitionError, ConfigError: the model or the call cannot be run.
         """
-        microbatches = self._prepared(args, kwargs, target)
-        parameters, optimizing, runner = self._placed(), self._optimizer(), self._ready()
-        optimizing.zero_grad()
-        earlier = parameters.set_aside()
-        step, _ = runner.run(
-            "train",
-            self._training,
-            self._share(microbatches),
-            self.steps,
-            loss_scale=optimizing.loss_factor,
-            reduce=self._reduce_tied,
-            stage_done=lambda stage: self._reduce_replicas(parameters.of_stage(stage, tied=False)),
-        )
-        self._reduce_replicas(parameters.tied_here())
-        with self.watcher.waiting("summing the gradients of the replicas"):
-            self._replicas.finish_reduce()
-            self._replicas.share_buffers(parameters.buffers())
-        parameters.put_back(earlier)
+        batch = self._batch(args, kwargs, target)
+        prepared = self._prepared_by(batch)
+        shard = prepared.shard(prepared.split(batch))
+        optimizer = prepared.optimizer
+        optimizer.zero_grad()
+        with prepared.gradients.one_step():
+            step, _ = prepared.runner.run("train", self._training, shard, self.steps, loss_scale=optimizer.loss_factor)
         with self.watcher.waiting("sharing the loss"):
-            loss = runner.share_loss(step)
+            loss = prepared.runner.share_loss(step)
         self.watcher.enter("the optimizer's step")
-        optimizing.step()
+        optimizer.step()
         self.steps += 1
-        self._measured.add(step, self._layout.stages)
-        self.watcher.tell_paces(self._measured.paces(self.plan))
+        self._measured.add(step, prepared.peers.mesh.stages)
+        self.watcher.tell_paces(self._measured.paces(prepared.plan))
         if step.loss is not None and step.loss.stopping:
             self._context.preemption.save_and_exit()
         return loss
@@ -109,30 +88,108 @@ class Engine(TrainingLoop):
     @watched
     def eval_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """The mean loss of a batch in evaluation mode: forward only, nothing kept. Arguments and result as in `train_batch`."""
-        return self._evaluated(args, kwargs, target)[0]
+        return self._evaluated(self._batch(args, kwargs, target))[0]
 
     @watched
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for a batch in evaluation mode, in the model's own structure, on every rank (see `predict_on`).
 
         Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples. As a first
-        call it plans the model, with the loss where the model returns it.
+        call it plans the model, with the loss if the model returns it.
         """
         self._saver.check()
+        batch = Batch(args, kwargs, None)
         if self._config.plan is None or self._config.loss_fn is None:
-            self.prepare(args, kwargs, None, for_output=True)
-        self._require_plan("predict()")
-        microbatches = self._split(args, kwargs, None)
-        share = self._share(microbatches, weighted=False)
-        step, runs = self._forward("predict", share)
+            self._prepare(batch, for_output=True)
+        prepared = self._planned("predict()")
+        microbatches = prepared.split(batch)
+        shard = prepared.shard(microbatches, weighted=False)
+        step, runs = prepared.runner.run("predict", False, shard, self.steps)
         with self.watcher.waiting("sharing the output"):
             outputs = gather_outputs(
-                runs, share.microbatches, self._layout, everywhere=self._config.predict_on == "all"
+                runs, shard.microbatches, prepared.peers.mesh, everywhere=self._config.predict_on == "all"
             )
         if outputs is None:
             return None
-        captured = self._ready().predicted(step, microbatches)
+        captured = prepared.runner.predicted(step, microbatches)
         return captured.unflatten([o.to(self._context.device) for o in outputs])
+
+    # -- many batches -------------------------------------------------------------------------------------------------
+
+    @overload
+    def train(self, data: bool = True) -> Self: ...
+
+    @overload
+    def train(
+        self,
+        data: Iterable[Any],
+        steps: int | None = None,
+        *,
+        log_every: int = 10,
+        log: Callable[[str], None] = tqdm.write,
+        progress: bool | None = None,
+    ) -> list[float]: ...
+
+    def train(
+        self,
+        data: Iterable[Any] | bool = True,
+        steps: int | None = None,
+        *,
+        log_every: int = 10,
+        log: Callable[[str], None] = tqdm.write,
+        progress: bool | None = None,
+    ) -> Self | list[float]:
+        """Trains on the batches of `data`; or, as in PyTorch, `train()` and `train(False)` set the mode that `train_batch` uses.
+
+        Every rank passes its own iterator over the same batches (with `shard_batch=False`, over its replica's). Training stops
+        where the data of any rank ends, on all ranks alike. Tensors are moved to the engine's device.
+
+        Args:
+            data: yields a mapping of keyword arguments, or a tuple of positional ones, or one of them; with a `loss_fn` the last of
+                the tuple, or the key `target`, is its target. True or False: no training, the mode only.
+            steps: how many at most; None: until the data ends.
+            log_every: steps between two lines with step, loss (mean since the last line), learning rate, gradient norm, samples/s,
+                peak memory and measured bubble; under fp16 also the loss scale. 0: none.
+            log: takes each line, on the first rank; `logging.getLogger("mine").info`, say.
+            progress: a bar on the first rank; None: where stderr is a terminal.
+
+        Returns:
+            The loss of each step that was done.
+
+        Raises:
+            EngineError: an iterator or a rank failed; on every rank.
+        """
+        if isinstance(data, bool):
+            self._training = data
+            return self
+        line = StepLog(self._context, log, log_every)
+
+        def one(batch: Batch) -> float:
+            planned = isinstance(self._state, Prepared)
+            loss = float(self.train_batch(*batch.args, target=batch.target, **batch.kwargs))
+            line.add(loss, batch_size(*batch), timed=planned)
+            line.write_if_due(self.steps, self._planned("train()"), self._measured)
+            return loss
+
+        with self.watcher.call():
+            batches = self._feed.batches(data, steps)
+            return train_over(batches, one, steps=steps, show_bar=progress if self.is_first_rank else False)
+
+    def eval(self) -> Self:
+        """Let `train_batch` run the model in evaluation mode."""
+        return self.train(False)
+
+    @watched
+    def evaluate(self, data: Iterable[Any], steps: int | None = None) -> float:
+        """The mean loss over the batches of `data` in evaluation mode, weighted as one batch would be. Iterators as in `train`.
+
+        Raises:
+            ConfigError: there is no batch.
+            EngineError: an iterator or a rank failed; on every rank.
+        """
+        return evaluate_over(self._feed.batches(data, steps), self._evaluated)
+
+    # -- parameters and checkpoints -----------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters, for an optimizer of your own: `torch.optim.AdamW(engine.parameters())`."""
@@ -140,22 +197,21 @@ class Engine(TrainingLoop):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the model's names, frozen ones too."""
-        self._require_plan("named_parameters()")
-        return iter(self._placed().named_parameters())
+        return iter(self._planned("named_parameters()").parameters.named_parameters())
 
     @watched
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state under the model's names, on the CPU of every rank. All ranks must call it."""
-        self._require_plan("state_dict()")
+        prepared = self._planned("state_dict()")
         self._saver.check()
-        return self._placed().state_dict(self._optimizer().masters.of)
+        return prepared.parameters.state_dict(prepared.optimizer.masters.of)
 
     @watched
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a whole model's state; each rank takes its share."""
-        self._require_plan("load_state_dict()")
+        """Load a whole model's state; each rank takes its share."""
+        prepared = self._planned("load_state_dict()")
         self._saver.check()
-        self._placed().load_state_dict(state, self._optimizer().masters.of)
+        prepared.parameters.load_state_dict(state, prepared.optimizer.masters.of)
 
     @watched
     def save_checkpoint(
@@ -184,24 +240,16 @@ class Engine(TrainingLoop):
             CheckpointError: it could not be written, on every rank; earlier ones stand. Where an asynchronous one could not be,
                 the next call of the engine raises it.
         """
-        self._require_plan("save_checkpoint()")
-        self._optimizer().require_stepped("save_checkpoint()")
+        prepared = self._planned("save_checkpoint()")
+        prepared.optimizer.require_stepped("save_checkpoint()")
         self._saver.wait()
-        tensors, meta = collect(
-            self._placed(),
-            self._optimizer(),
-            self.plan,
-            self._context,
-            self._layout,
-            seed=self._ready().seed,
-            client_state={"steps": self.steps, "client": client_state},
-        )
+        tensors, meta = prepared.collect({"steps": self.steps, "client": client_state})
         number = self.steps if step is None else step
         return self._saver.save(directory, number, tensors, meta, keep=keep, asynchronous=asynchronous)
 
     @watched
     def load_checkpoint(self, directory: str | Path) -> Any:
-        """Reads the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
+        """Read the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
 
         Before the first batch it is read when the model is placed. Returns the `client_state` that was saved.
 
@@ -213,17 +261,12 @@ class Engine(TrainingLoop):
         self._context.require_equal(
             str(reader.checkpoint), "checkpoint", "give all ranks the same directory on a file system that they share"
         )
-        self._resume = reader
-        if self._plan is not None:
-            self._load_resumed()
+        if isinstance(self._state, Prepared):
+            self._state.load(reader)
+        else:
+            self._state = self._state.resumed_from(reader)
         self.steps, client_state = reader.progress
         return client_state
-
-    def _load_resumed(self) -> None:
-        if self._resume is not None:
-            reader, self._resume = self._resume, None
-            self._context.agree(lambda: load(reader, self._placed(), self._optimizer()))
-            self._ready().seed = self._ready().seed if reader.seed is None else reader.seed
 
     def save_on_sigterm(
         self, directory: str | Path, client_state: Callable[[], Any] | None = None, *, keep: int | None = None
@@ -249,11 +292,13 @@ class Engine(TrainingLoop):
 
     def sampler(self, dataset: Dataset[Any], *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
         """A sampler that gives each replica a share of its own, the same on all ranks of a replica; for `shard_batch=False`."""
-        layout = self._layout
-        return DistributedSampler(dataset, layout.data_parallel, layout.replica, shuffle=shuffle, seed=seed)
+        mesh = self._state.launch.mesh
+        return DistributedSampler(dataset, mesh.data_parallel, mesh.replica, shuffle=shuffle, seed=seed)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Waits for a checkpoint that is being written, leaves the other ranks, and destroys the process groups that the engine has made.
+        """Wait for a checkpoint that is being written, leave the other ranks, and destroy the process groups that the engine made.
 
         The engine cannot be used afterwards.
         """
@@ -264,7 +309,7 @@ class Engine(TrainingLoop):
             self._transport.close()
             self._context.close()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         """`with autopipe.pipeline(model) as engine:` closes the engine; an exception inside is told to all ranks."""
         return self
 
@@ -273,128 +318,103 @@ class Engine(TrainingLoop):
             self.watcher.leave(error)
         self.close()
 
-    # -- the first batch ----------------------------------------------------------------------------------------------
+    # -- what can be read ---------------------------------------------------------------------------------------------
 
-    def prepare(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, *, for_output: bool = False
-    ) -> None:
-        """Captures, plans, and places the model by a first batch, unless that is done. Collective.
+    @watched
+    def report(self, format: str = "table") -> str:
+        """The plan, and with its predictions what the last training steps took, stage by stage. All ranks must call it.
 
         Args:
-            for_output: there is no target, and there may be no loss: what is planned is the way to the output.
+            format: `table` (a notebook shows it as HTML), `json`, `csv`, `md` or `html`.
         """
-        if self._plan is not None:
-            return
-        self.watcher.enter("capturing and planning")
-        config, context, model = self._config, self._context, self._model
-        originals = lower(model) if config.precision == "bf16-params" else {}
-        given = config.weights
-        weights = context.agree(lambda: open_weights(given) if isinstance(given, (str, Path)) else given)
-        captured, microbatch, plan = self._planned(self._batch(args, kwargs, target), for_output)
-        stage_of = context.agree(lambda: placement(captured, plan))
-        compare_ranks(context, captured, plan)
-        self._replicas = Replicas(self._layout, plan.zero_stage)
-        owned = with_unread(model, owners(captured, stage_of), captured.names)
-        seed = context.gather(torch.initial_seed() if config.seed is None else config.seed)[0]
-        mine = [n for n, stages in owned.items() if set(stages) & set(self._layout.stages)]
-        later = self._resume is not None
-        context.agree(
-            lambda: place(model, mine, weights=weights, later=later, seed=seed, device=context.device, exact=originals)
-        )
-        release(model, captured, mine)
-        parameters = StageParameters(model, captured.names, owned, context, self._layout)
-        parameters.open(self._transport)
-        self._runner = Runner(
-            model, config, context, self._layout, self._transport, plan, owned, parameters.tie_groups, self._flags, seed
-        )
-        self._runner.planned = dict(stage_of)
-        if captured.loss is not None:
-            self._runner.add_program("train", True, microbatch, captured, stage_of)
-        scale = LossScale.for_precision(config.precision)
-        self._optimizing = context.agree(
-            lambda: ShardedOptimizer(config, parameters, self._replicas, self._transport, scale, originals)
-        )
-        self._parameters, self._plan = parameters, plan
-        self._load_resumed()
+        return report(self._planned("report()"), self._measured, format)
 
-    def _planned(self, batch: Batch, for_output: bool) -> tuple[Captured, MicroBatch, Plan]:
-        """The captured graph, the micro-batch that it is of, and its plan; lays the ranks out where that was left to the planner."""
-        config, context = self._config, self._context
-        capture = partial(
-            capture_first, self._model, config=config, context=context, flags=self._flags, for_output=for_output
+    @watched
+    def trace(self, path: str | Path) -> None:
+        """Write the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
+        write_trace(path, self._context, self._measured)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is run."""
+        return self._planned("plan").plan
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """This rank's optimizer; None if none was given, before the first batch, and if nothing here is trained."""
+        return self._state.optimizer.optimizer if isinstance(self._state, Prepared) else None
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """This rank's learning-rate scheduler, or None."""
+        return self._state.optimizer.lr_scheduler if isinstance(self._state, Prepared) else None
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's gradients over all stages, before clipping; None if nothing is clipped."""
+        return self._state.optimizer.grad_norm if isinstance(self._state, Prepared) else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped on all ranks because of an fp16 overflow on one."""
+        return self._state.optimizer.skipped if isinstance(self._state, Prepared) else 0
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a replica, in a batch that has samples enough."""
+        return self._state.launch.num_microbatches
+
+    @property
+    def stage(self) -> int:
+        """The (first) stage of this rank."""
+        return self._state.launch.mesh.stages[0]
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is rank 0, which prints and saves for all."""
+        return self._context.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank; batches must lie on it."""
+        return self._context.device
+
+    @property
+    def watcher(self) -> RankMonitor:
+        """Tells the other ranks of failures here, and raises theirs."""
+        return self._context.watcher
+
+    # -- the two states -----------------------------------------------------------------------------------------------
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> None:
+        """Capture, plan, and place the model by a first batch, unless that is done. Collective."""
+        self._prepare(self._batch(args, kwargs, target))
+
+    def _prepare(self, batch: Batch, *, for_output: bool = False) -> None:
+        if isinstance(self._state, Unprepared):
+            self._state = self._state.prepare(batch, for_output=for_output)
+
+    def _prepared_by(self, batch: Batch) -> Prepared:
+        """The state for a call with a batch, which the model is planned by if it is the first."""
+        self._saver.check()
+        self._prepare(batch)
+        return self._planned("a batch")
+
+    def _planned(self, what: str) -> Prepared:
+        if isinstance(self._state, Prepared):
+            return self._state
+        raise EngineError(
+            f"{what} before the first batch",
+            expected="a model that is planned",
+            remedy="pass example_args to autopipe.pipeline(), or call train_batch() first",
         )
-        if self._laid is None and not for_output:
-            found = search_plan(batch, config, context, capture)
-            self._lay_out(mesh_shape_of_plan(found[2], config, context.world_size), found[2].num_microbatches)
-            return found
-        if self._laid is None:  # a prediction has no step to make short
-            self._lay_out(self._told, num_microbatches_of(config, self._told.num_stages))
-        return plan_layout(self._split_batch(batch)[0], config, context, self._layout, self._num_microbatches, capture)
-
-    def _ready(self) -> Runner:
-        assert self._runner is not None
-        return self._runner
-
-    # -- parts of a step ----------------------------------------------------------------------------------------------
 
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Batch:
-        if self._config.loss_fn is None and target is not None:
-            return args, {**kwargs, "target": target}, None
-        return args, kwargs, target
+        return Batch(args, kwargs, target).for_model(has_loss_fn=self._config.loss_fn is not None)
 
-    def _split_batch(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of a batch: of all replicas where they share it."""
-        replicas = self._layout.data_parallel if self._config.shard_batch else 1
-        return split(*batch, self._num_microbatches * replicas)
-
-    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
-        microbatches = self._split_batch(self._batch(args, kwargs, target))
-        check_device(microbatches[0], self._context.device)
-        return microbatches
-
-    def _prepared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> list[MicroBatch]:
-        """The micro-batches of a call, which the model is planned by where it is the first."""
-        self._saver.check()
-        self.prepare(args, kwargs, target)
-        return self._split(args, kwargs, target)
-
-    def _share(self, microbatches: list[MicroBatch], *, weighted: bool = True) -> BatchShard:
-        self.watcher.enter("weighing the micro-batches")
-        return shard_batch_of(
-            microbatches,
-            self._config,
-            self._layout,
-            self._transport,
-            most=self._num_microbatches,
-            weighted=weighted,
-        )
-
-    def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> tuple[Tensor, float]:
+    def _evaluated(self, batch: Batch) -> tuple[Tensor, float]:
         """The mean loss of a batch, and the batch's weight."""
-        microbatches = self._prepared(args, kwargs, target)
-        share = self._share(microbatches)
-        step, _ = self._forward("eval", share)
-        return self._ready().share_loss(step), share.total
-
-    def _forward(self, kind: Kind, share: BatchShard) -> Any:
-        return self._ready().run(kind, False, share, self.steps, reduce=_nothing, stage_done=_nothing)
-
-    def _reduce_tied(self, group: int) -> None:
-        with self.watcher.waiting("summing the gradients of tied parameters"):
-            self._placed().reduce_tied(group)
-
-    def _reduce_replicas(self, parameters: list[nn.Parameter]) -> None:
-        """Starts summing gradients over the replicas; those that a replica has not used count as zero."""
-        if self._replicas.single:
-            return
-        with self.watcher.waiting("summing the gradients of the replicas"):
-            used_anywhere = self._replicas.used_anywhere(parameters)
-        used = [p for p, u in zip(parameters, used_anywhere, strict=True) if u]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = zero_gradient(parameter)
-        self._replicas.start_reduce(used)
-
-
-def _nothing(_: int) -> None:
-    """Evaluation reduces nothing."""
+        prepared = self._prepared_by(batch)
+        shard = prepared.shard(prepared.split(batch))
+        step, _ = prepared.runner.run("eval", False, shard, self.steps)
+        return prepared.runner.share_loss(step), shard.total

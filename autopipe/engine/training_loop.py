@@ -1,140 +1,120 @@
-"""The engine's iterator front end: training and evaluation over the batches of an iterator, in terms of one batch at a time."""
+"""Training and evaluation over the batches of an iterator, and the log line every few steps."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Self, overload
+import resource
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from autopipe.engine.failures.monitor import watched
-from autopipe.engine.introspection import EngineState
-from autopipe.engine.loop import Call, Progress, agreed_calls, no_data
-from autopipe.engine.step.microbatch import batch_size
-from autopipe.engine.step.step_stats import merge_timelines
+from autopipe.engine.data_feed import no_data
+from autopipe.engine.introspection import last_step
+from autopipe.engine.ranks.context import Context
+from autopipe.engine.setup.prepared import Prepared
+from autopipe.engine.step.microbatch import Batch
+from autopipe.engine.step.step_stats import Measurements
 
 
-class TrainingLoop(EngineState, ABC):
-    """`train` and `evaluate` over an iterator, and the mode that they train in."""
+def train_over(
+    batches: Iterable[Batch], train: Callable[[Batch], float], *, steps: int | None, show_bar: bool | None
+) -> list[float]:
+    """Train on each batch.
 
-    _training = True
-    steps: int
+    Args:
+        train: one training step; returns its loss.
+        steps: how many there will be, if that is known.
+        show_bar: show a progress bar; None: if stderr is a terminal.
 
-    @abstractmethod
-    def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
-        """One training step on a whole batch."""
+    Returns:
+        The loss of each step.
+    """
+    losses: list[float] = []
+    with tqdm(total=steps, unit="step", disable=None if show_bar is None else not show_bar) as bar:
+        for batch in batches:
+            losses.append(train(batch))
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+            bar.update()
+    return losses
 
-    @abstractmethod
-    def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> tuple[Tensor, float]:
-        """The mean loss of a batch, and the batch's weight."""
 
-    @overload
-    def train(self, data: bool = True) -> Self: ...
+def evaluate_over(batches: Iterable[Batch], evaluate: Callable[[Batch], tuple[Tensor, float]]) -> float:
+    """The mean loss over all batches.
 
-    @overload
-    def train(
-        self,
-        data: Iterable[Any],
-        steps: int | None = None,
-        *,
-        log_every: int = 10,
-        log: Callable[[str], None] = tqdm.write,
-        progress: bool | None = None,
-    ) -> list[float]: ...
+    Args:
+        evaluate: returns the mean loss of a batch, and the batch's weight.
 
-    def train(
-        self,
-        data: Iterable[Any] | bool = True,
-        steps: int | None = None,
-        *,
-        log_every: int = 10,
-        log: Callable[[str], None] = tqdm.write,
-        progress: bool | None = None,
-    ) -> Self | list[float]:
-        """Trains on the batches of `data`; or, as in PyTorch, `train()` and `train(False)` set the mode that `train_batch` uses.
+    Raises:
+        ConfigError: there is no batch.
+    """
+    total = weight = 0.0
+    for batch in batches:
+        loss, counted = evaluate(batch)
+        total, weight = total + float(loss) * counted, weight + counted
+    if not weight:
+        raise no_data()
+    return total / weight
 
-        Every rank passes its own iterator over the same batches (with `shard_batch=False`, over its replica's). Training stops
-        where the data of any rank ends, on all ranks alike. Tensors are moved to the engine's device.
+
+@dataclass(slots=True)
+class StepLog:
+    """The log line every few steps. Every rank keeps one, since the parts of the line lie on different ranks.
+
+    Attributes:
+        write: takes the lines, on the first rank.
+        every: steps between two lines; 0: none.
+        samples, num_losses, loss_sum, started: of the steps since the last line, and when they began.
+    """
+
+    context: Context
+    write: Callable[[str], None]
+    every: int
+    samples: int = 0
+    num_losses: int = 0
+    loss_sum: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: float, samples: int, *, timed: bool) -> None:
+        """Count a step.
 
         Args:
-            data: yields a mapping of keyword arguments, or a tuple of positional ones, or one of them; with a `loss_fn` the last of
-                the tuple, or the key `target`, is its target. True or False: no training, the mode only.
-            steps: how many at most; None: until the data ends.
-            log_every: steps between two lines with step, loss (mean since the last line), learning rate, gradient norm, samples/s,
-                peak memory and measured bubble; under fp16 also the loss scale. 0: none.
-            log: takes each line, on the first rank; `logging.getLogger("mine").info`, say.
-            progress: a bar on the first rank; None: where stderr is a terminal.
-
-        Returns:
-            The loss of each step that was done.
-
-        Raises:
-            EngineError: an iterator or a rank failed; on every rank.
+            timed: false for a step that also captured and planned the model, which later ones do not.
         """
-        if isinstance(data, bool):
-            self._training = data
-            return self
-        with self.watcher.call():
-            return self._train(data, steps, log_every, log, progress)
+        self.loss_sum, self.num_losses, self.samples = self.loss_sum + loss, self.num_losses + 1, self.samples + samples
+        if not timed:
+            self.samples, self.started = 0, time.perf_counter()
 
-    def _train(
-        self,
-        data: Iterable[Any],
-        steps: int | None,
-        log_every: int,
-        log: Callable[[str], None],
-        progress: bool | None,
-    ) -> list[float]:
-        said, losses = Progress(self._context, log), list[float]()
-        hidden = not self.is_first_rank or (None if progress is None else not progress)
-        with tqdm(total=steps, unit="step", disable=hidden) as bar:
-            for call in self._calls(data, steps):
-                planned = self._plan is not None
-                losses.append(float(self.train_batch(*call.args, target=call.target, **call.kwargs)))
-                said.add(losses[-1], batch_size(call.args, call.kwargs, call.target))
-                if not planned:
-                    said.skip_time()
-                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-                bar.update()
-                if log_every and self.steps % log_every == 0:
-                    self._say(said)
-        return losses
+    def write_if_due(self, step: int, prepared: Prepared, measured: Measurements) -> None:
+        """One line on the first rank, from all ranks, if it is due. Collective."""
+        if not self.every or step % self.every:
+            return
+        config, replicas = prepared.config, prepared.peers.mesh.shape.replicas
+        optimizer, clipped = prepared.optimizer, config.max_grad_norm is not None
+        norm = optimizer.grad_norm if clipped else prepared.parameters.norm()
+        timeline = last_step(self.context, measured)
+        rate = None if optimizer.optimizer is None else float(optimizer.optimizer.param_groups[0]["lr"])
+        ranks = self.context.gather((rate, self.samples, _peak_bytes(self.context.device)))
+        seconds = time.perf_counter() - self.started
+        rate = next((r for r, _, _ in ranks if r is not None), None)
+        own_batches = [0] if config.shard_batch else [stages[0] for stages in replicas]
+        parts = [f"step {step}: loss {self.loss_sum / max(1, self.num_losses):.4f}"]
+        parts += [] if rate is None else [f"lr {rate:.3g}"]
+        parts += [] if norm is None else [f"gradient norm {norm:.3g}"]
+        if optimizer.scale.growth_interval:
+            parts += [f"loss scale {optimizer.scale.scale:g}", f"skipped {optimizer.skipped}"]
+        parts += [f"{sum(ranks[r][1] for r in own_batches) / seconds:.1f} samples/s"]
+        parts += [f"peak {max(p for _, _, p in ranks) / 2**30:.2f} GiB"]
+        parts += [f"bubble {timeline.mean_bubble:.1%}"] if timeline.events else []
+        if self.context.rank == 0:
+            self.write(", ".join(parts))
+        self.samples, self.num_losses, self.loss_sum, self.started = 0, 0, 0.0, time.perf_counter()
 
-    @watched
-    def evaluate(self, data: Iterable[Any], steps: int | None = None) -> float:
-        """The mean loss over the batches of `data` in evaluation mode, weighted as one batch would be. Iterators as in `train`.
 
-        Raises:
-            ConfigError: there is no batch.
-            EngineError: an iterator or a rank failed; on every rank.
-        """
-        total = weight = 0.0
-        for call in self._calls(data, steps):
-            loss, counted = self._evaluated(call.args, call.kwargs, call.target)
-            total, weight = total + float(loss) * counted, weight + counted
-        if not weight:
-            raise no_data()
-        return total / weight
-
-    def eval(self) -> Self:
-        """Lets `train_batch` run the model in evaluation mode."""
-        return self.train(False)
-
-    def _calls(self, data: Iterable[Any], steps: int | None) -> Iterator[Call]:
-        with_target = self._config.loss_fn is not None
-        return agreed_calls(data, steps, self._context, with_target=with_target, agree=self._to_maximum)
-
-    def _to_maximum(self, values: Tensor) -> None:
-        self._transport.all_reduce(values, dist.ReduceOp.MAX)
-
-    def _say(self, said: Progress) -> None:
-        """A line about the steps since the last one. Collective."""
-        replicas = self._layout.shape.replicas
-        counted = [0] if self._config.shard_batch else [ranks[0] for ranks in replicas]
-        norm = self.grad_norm if self._config.max_grad_norm is not None else self._placed().norm()
-        timeline = merge_timelines(self._context.gather(self._measured.last_step()))
-        bubble = timeline.mean_bubble if timeline.events else None
-        said.say(self.steps, self._optimizer(), norm=norm, bubble=bubble, counted_ranks=counted)
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory that was allocated on the device; on a CPU, the process's peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import autopipe
-from autopipe.engine.loop import call_of
+from autopipe.engine.data_feed import batch_of
 from tests.gloo.launch import run_ranks
 from tests.gloo.logs import kept_warnings
 from tests.gloo.models import make
@@ -136,13 +136,13 @@ def test_replicas_with_data_of_their_own_end_together() -> None:
     ],
 )
 def test_what_an_iterator_may_yield(item: Any, with_target: bool, args: Any, keys: Any, target: Any) -> None:
-    call = call_of(item, with_target=with_target)
+    call = batch_of(item, with_target=with_target)
     assert (call.args, list(call.kwargs), call.target) == (args, keys, target)
 
 
 def test_tensors_in_any_mapping_are_moved() -> None:
     item = UserDict(x=torch.ones(2), more=[torch.ones(1)], target=None)
-    call = call_of(item, with_target=True).to(torch.device("meta"))
+    call = batch_of(item, with_target=True).to(torch.device("meta"))
     assert call.kwargs["x"].is_meta
     assert call.kwargs["more"][0].is_meta
 
@@ -150,7 +150,7 @@ def test_tensors_in_any_mapping_are_moved() -> None:
 @pytest.mark.parametrize("item", [5, (5,), {"x": 1}])
 def test_a_batch_without_a_target_is_named(item: Any) -> None:
     with pytest.raises(autopipe.ConfigError, match=r"without a target.*remedy"):
-        call_of(item, with_target=True)
+        batch_of(item, with_target=True)
 
 
 def test_an_evaluation_over_nothing_is_named() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
-import autopipe.engine.step.runner as runner
+import autopipe.engine.step.program_cache as program_cache
 from tests.gloo.launch import run_in_turn
 from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error
@@ -68,7 +68,7 @@ def _num_tensors() -> int:
 
 def _generate(predict_on: str) -> dict[str, Any]:
     """Greedy decoding without a loss anywhere; the cache of captured lengths holds three."""
-    runner.MAX_PROGRAMS = 3
+    program_cache.MAX_PROGRAMS = 3
     torch.manual_seed(1)
     model = TiedGPT(layers=2)
     plain = copy.deepcopy(model).eval()
@@ -81,7 +81,7 @@ def _generate(predict_on: str) -> dict[str, Any]:
             theirs = torch.cat([theirs, plain(theirs)[:, -1].argmax(-1, keepdim=True)], 1)
         nothing.append(output is None)
         ids = theirs if output is None else torch.cat([ids, output[:, -1].argmax(-1, keepdim=True)], 1)
-    kept = len(engine._runner._programs)
+    kept = len(engine._state.programs)
     for _ in range(2):
         engine.predict(ids)
     before = _num_tensors()

@@ -78,7 +78,7 @@ def _train(devices_per_node: int, settings: dict[str, Any]) -> dict[str, Any]:
     result = {
         "plan": plan,
         "error": max([error, *(relative_error(state[n], p) for n, p in plain.named_parameters())]),
-        "place": (engine._layout.replica, engine.stage),
+        "place": (engine._state.launch.mesh.replica, engine.stage),
         "num_microbatches": engine.num_microbatches,
         "share_of_states": held / sum(p.numel() for p in engine.parameters()),
     }

@@ -44,7 +44,7 @@ def _train(on_meta: bool, options: dict[str, Any]) -> tuple[dict[str, Any], list
     engine, args, target = _engine(on_meta, **options)
     state = {n: t.numpy().copy() for n, t in engine.state_dict().items()}
     losses = [float(engine.train_batch(*args, target=target)) for _ in range(2)]
-    with_data = [n for n, p in engine._model.named_parameters() if p.device.type != "meta"]
+    with_data = [n for n, p in engine._state.programs.model.module.named_parameters() if p.device.type != "meta"]
     assert sorted(with_data) == sorted(n for n, _ in engine.named_parameters())
     engine.eval_batch(*args, target=target)  # another graph of a model whose other parameters are gone
     engine.predict(*args)

@@ -60,18 +60,18 @@ def plan_layout(
     microbatch: MicroBatch,
     config: PipelineConfig,
     context: Context,
-    layout: ProcessMesh,
+    mesh: ProcessMesh,
     num_microbatches: int,
     capture: Callable[[MicroBatch], Captured],
 ) -> tuple[Captured, MicroBatch, Plan]:
     """The graph of a first micro-batch, the micro-batch, and the plan of it for a layout that is given. Collective."""
-    if not config.shard_batch and layout.data_parallel > 1:
+    if not config.shard_batch and mesh.data_parallel > 1:
         # replicas may begin with different shapes: rank 0's are planned
         check_device(microbatch, context.device)
         first = context.gather(microbatch.template())[0]
         microbatch = microbatch if context.rank == 0 else first
     captured = context.agree(lambda: capture(microbatch))
-    plan = context.agree(lambda: make_plan(captured, microbatch, config, context, layout, num_microbatches))
+    plan = context.agree(lambda: make_plan(captured, microbatch, config, context, mesh, num_microbatches))
     return captured, microbatch, plan
 
 
@@ -80,14 +80,14 @@ def make_plan(
     microbatch: MicroBatch,
     config: PipelineConfig,
     context: Context,
-    layout: ProcessMesh,
+    mesh: ProcessMesh,
     num_microbatches: int,
 ) -> Plan:
     """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
-    num_stages = layout.num_stages
+    num_stages = mesh.num_stages
     if config.plan is not None:
         zero_stage = config.plan.zero_stage if config.zero_stage == "auto" else config.zero_stage
-        return dataclasses.replace(config.plan, data_parallel=layout.data_parallel, zero_stage=zero_stage)
+        return dataclasses.replace(config.plan, data_parallel=mesh.data_parallel, zero_stage=zero_stage)
     if len(captured.nodes) < num_stages:
         raise PartitionError(
             f"{num_stages} stages for a graph of {len(captured.nodes)} nodes",
@@ -95,7 +95,7 @@ def make_plan(
             where="num_stages",
             remedy=f"launch at most {len(captured.nodes)} processes",
         )
-    link = measured_link(context) if layout.num_ranks > 1 else None
+    link = measured_link(context) if mesh.num_ranks > 1 else None
     profile = profiled(captured, microbatch.tensors(config.loss_fn is not None), context, config)
 
     def cut(zero_stage: int) -> Plan:
@@ -107,16 +107,16 @@ def make_plan(
             recompute=config.recompute,
             optimizer=optimizer_states(config),
             memory_limit=memory_limit(config, context),
-            data_parallel=layout.data_parallel,
+            data_parallel=mesh.data_parallel,
             zero_stage=zero_stage,
             schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
             split_points=list(config.split_points) if config.split_points is not None else None,
             constraints=config.constraints,
         )
 
-    plan = context.once(lambda: _without_recompute(cut, zero_stages(config, layout.data_parallel)))
-    if layout.num_ranks < num_stages:
-        return rescheduled(plan, "interleaved", num_ranks=layout.num_ranks)
+    plan = context.once(lambda: _without_recompute(cut, zero_stages(config, mesh.data_parallel)))
+    if mesh.num_ranks < num_stages:
+        return rescheduled(plan, "interleaved", num_ranks=mesh.num_ranks)
     if config.schedule != "auto":
         return rescheduled(plan, config.schedule)
     undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node

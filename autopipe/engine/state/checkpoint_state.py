@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from autopipe.checkpoint import META, MODEL, OPTIMIZER, RNG, Reader
-from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.engine.state.parameters import StageParameters
+from autopipe.engine.transport.peers import Peers
 from autopipe.errors import CheckpointError
 from autopipe.plan import Plan
 
@@ -21,8 +20,7 @@ def collect(
     parameters: StageParameters,
     optimizing: ShardedOptimizer,
     plan: Plan,
-    context: Context,
-    layout: ProcessMesh,
+    peers: Peers,
     *,
     seed: int,
     client_state: Any,
@@ -31,20 +29,20 @@ def collect(
     tensors: dict[str, Tensor] = {
         MODEL + n: optimizing.saved_value(n, t)
         for n, t in parameters.held()
-        if parameters.is_first_holder(n) and optimizing.saving_replica(n, t) == layout.replica
+        if parameters.is_first_holder(n) and optimizing.saving_replica(n, t) == peers.mesh.replica
     }
-    if context.rank == 0:
+    if peers.context.rank == 0:
         tensors[RNG] = torch.get_rng_state()
     options = {}
     for name, (state, group) in optimizing.state_by_name().items():
-        if parameters.is_first_holder(name) and (optimizing.owner[name] >= 0 or layout.replica == 0):
+        if parameters.is_first_holder(name) and (optimizing.owner[name] >= 0 or peers.mesh.replica == 0):
             options[name] = group
             for key, value in state.items():
                 tensors[f"{OPTIMIZER}{name}.{key}"] = (
                     value.detach() if isinstance(value, Tensor) else torch.tensor(value)
                 )
     scheduler = optimizing.lr_scheduler.state_dict() if optimizing.lr_scheduler is not None else None
-    gathered = context.gather((options, scheduler))
+    gathered = peers.context.gather((options, scheduler))
     meta = {
         "plan": plan.to_json(),
         "names": parameters.state_names(),

@@ -154,7 +154,7 @@ class ShardedOptimizer:
     def set_state_by_name(
         self, states: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]], scheduler: Any
     ) -> None:
-        """Puts back what `state_by_name` gave, on any layout."""
+        """Puts back what `state_by_name` gave, on any mesh."""
         if self.optimizer is None:
             return
         named = self.masters.stepped(self.mine())

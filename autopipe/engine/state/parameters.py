@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from autopipe.engine.ranks.context import Context
-from autopipe.engine.ranks.mesh import ProcessMesh
-from autopipe.engine.transport.p2p import Transport
+from autopipe.engine.transport.peers import Peers
 from autopipe.errors import EngineError
 
 
 class StageParameters:
-    """The parameters and buffers that this rank holds.
+    """The parameters and buffers that this rank holds, and the process groups of tied ones. Made on all ranks together.
 
     Args:
         model: the user's model, in which what this rank holds has its values (`placing.place`); its own `Parameter` objects are
@@ -31,10 +29,10 @@ class StageParameters:
         model: nn.Module,
         names: Mapping[str, str],
         owned: Mapping[str, tuple[int, ...]],
-        context: Context,
-        layout: ProcessMesh,
+        peers: Peers,
     ) -> None:
-        self._names, self._owned, self._context, self._layout = names, owned, context, layout
+        self._names, self._owned = names, owned
+        self._context, self._mesh, self._transport = peers.context, peers.mesh, peers.transport
         everything = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
@@ -42,7 +40,7 @@ class StageParameters:
         self._in_state = {names[n] for n in self._persistent if n in names}
         # In the model's order: replicas sum gradients one after another, and an optimizer sees what it sees of the plain model.
         self._mine: dict[str, Tensor] = {
-            n: t for n, t in everything.items() if set(owned.get(n, ())) & set(layout.stages)
+            n: t for n, t in everything.items() if set(owned.get(n, ())) & set(self._mesh.stages)
         }
         trained = [n for n, t in everything.items() if n in owned and isinstance(t, nn.Parameter)]
         groups: dict[tuple[int, ...], list[str]] = {}
@@ -52,18 +50,16 @@ class StageParameters:
         self._parameters = {n: t for n, t in self._mine.items() if isinstance(t, nn.Parameter)}
         self.tie_groups = tuple(sorted(groups))
         self._tied = [groups[stages] for stages in self.tie_groups]
-        self._tie_process_groups: list[Any] = []
+        self._tie_process_groups = [self._process_group(stages) for stages in self.tie_groups]
 
-    def open(self, transport: Transport) -> None:
-        """Makes the process groups of tied parameters. Collective."""
-        self._transport = transport
-        for stages in self.tie_groups:
-            own = None
-            for replica in range(self._layout.data_parallel):
-                ranks = sorted({self._layout.rank_of(s, replica) for s in stages})
-                group = transport.new_group(ranks) if len(ranks) > 1 else None
-                own = group if replica == self._layout.replica else own
-            self._tie_process_groups.append(own)
+    def _process_group(self, stages: Sequence[int]) -> Any:
+        """The process group of the ranks of this replica that run these stages; None if that is one rank. Collective."""
+        own = None
+        for replica in range(self._mesh.data_parallel):
+            ranks = sorted({self._mesh.rank_of(s, replica) for s in stages})
+            group = self._transport.new_group(ranks) if len(ranks) > 1 else None
+            own = group if replica == self._mesh.replica else own
+        return own
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """This rank's parameters, frozen ones too, under the model's names."""
@@ -101,7 +97,7 @@ class StageParameters:
 
     def is_first_holder(self, name: str) -> bool:
         """Whether this rank holds a parameter for the first of its stages: it counts and saves it."""
-        return self._layout.is_mine(self._owned[name][0])
+        return self._mesh.is_mine(self._owned[name][0])
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +130,7 @@ class StageParameters:
         counted = [p.grad for n, p in self.named_parameters() if p.grad is not None and self.is_first_holder(n)]
         square = get_total_norm(counted).double().cpu() ** 2 if counted else torch.zeros((), dtype=torch.float64)
         self._transport.all_reduce(square)  # over all ranks; every replica contributes the same
-        return float((square / self._layout.data_parallel).sqrt())
+        return float((square / self._mesh.data_parallel).sqrt())
 
     def clip(self, max_norm: float) -> float:
         """Scales all gradients so that their norm over all stages is at most `max_norm`; returns the norm before. Collective."""
@@ -151,7 +147,7 @@ class StageParameters:
         Args:
             masters: the fp32 copies that this rank has, which stand for their parameters.
         """
-        mine = (self._mine if self._layout.replica == 0 else {}) | dict(masters)
+        mine = (self._mine if self._mesh.replica == 0 else {}) | dict(masters)
         first = {n: t.detach().to("cpu", copy=True) for n, t in mine.items() if self.is_first_holder(n)}
         merged: dict[str, Tensor] = {}
         for part in self._context.gather(first):

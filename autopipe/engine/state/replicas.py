@@ -18,14 +18,14 @@ BUCKET_BYTES = 25 * 2**20
 class Replicas:
     """What the ranks that hold the same stages say to each other. With one replica nothing is sent."""
 
-    def __init__(self, layout: ProcessMesh, zero_stage: int) -> None:
-        self._layout, self._zero_stage = layout, zero_stage
+    def __init__(self, mesh: ProcessMesh, zero_stage: int) -> None:
+        self._mesh, self._zero_stage = mesh, zero_stage
         self._pending: list[tuple[Any, Tensor, list[Tensor]]] = []
 
     @property
     def single(self) -> bool:
         """There is only one replica."""
-        return self._layout.data_parallel == 1
+        return self._mesh.data_parallel == 1
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ class Replicas:
             return
         for bucket in _buckets(parameters):
             flat = torch.cat([_gradient(p).reshape(-1) for p in bucket])
-            work = dist.all_reduce(flat, group=self._layout.data_group, async_op=True)
+            work = dist.all_reduce(flat, group=self._mesh.data_group, async_op=True)
             self._pending.append((work, flat, [_gradient(p) for p in bucket]))
 
     def finish_reduce(self) -> None:
@@ -51,7 +51,7 @@ class Replicas:
         """For each parameter, whether any replica has a gradient for it; those without stay None, as in plain PyTorch."""
         here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         if not self.single and len(here):
-            dist.all_reduce(here, dist.ReduceOp.MAX, group=self._layout.data_control)
+            dist.all_reduce(here, dist.ReduceOp.MAX, group=self._mesh.data_control)
         return [bool(x) for x in here]
 
     # -- parameters and buffers ---------------------------------------------------------------------------------------
@@ -60,15 +60,13 @@ class Replicas:
         """Gives every replica the buffers of the first, as `DistributedDataParallel` does (batch norm statistics)."""
         if not self.single:
             for buffer in buffers:
-                dist.broadcast(
-                    buffer, self._layout.rank_of(self._layout.pipeline_rank, 0), group=self._layout.data_group
-                )
+                dist.broadcast(buffer, self._mesh.rank_of(self._mesh.pipeline_rank, 0), group=self._mesh.data_group)
 
     def shard(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
         """The replica whose optimizer owns each parameter: under ZeRO-1 the largest goes to the least loaded, otherwise all own all (-1)."""
         if self._zero_stage == 0 or self.single:
             return dict.fromkeys(parameters, -1)
-        load = [0] * self._layout.data_parallel
+        load = [0] * self._mesh.data_parallel
         owner: dict[str, int] = {}
         for name in sorted(parameters, key=lambda n: (-parameters[n].numel(), n)):
             owner[name] = load.index(min(load))
@@ -77,7 +75,7 @@ class Replicas:
 
     def owns(self, owner: int) -> bool:
         """Whether this rank's optimizer steps a parameter of this owner."""
-        return owner in (-1, self._layout.replica)
+        return owner in (-1, self._mesh.replica)
 
     def share_parameters(self, parameters: Mapping[str, nn.Parameter], owner: Mapping[str, int]) -> None:
         """After a ZeRO-1 step: every parameter from the replica that stepped it."""
@@ -85,8 +83,8 @@ class Replicas:
             return
         with torch.no_grad():
             for name, parameter in parameters.items():
-                source = self._layout.rank_of(self._layout.pipeline_rank, owner[name])
-                dist.broadcast(parameter.data, source, group=self._layout.data_group)
+                source = self._mesh.rank_of(self._mesh.pipeline_rank, owner[name])
+                dist.broadcast(parameter.data, source, group=self._mesh.data_group)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

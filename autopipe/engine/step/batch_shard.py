@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from autopipe.config import PipelineConfig
-from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch, normalised, raw_weights
-from autopipe.engine.transport.p2p import Transport
+from autopipe.engine.transport.peers import Peers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +33,7 @@ class BatchShard:
 def shard_batch_of(
     microbatches: list[MicroBatch],
     config: PipelineConfig,
-    layout: ProcessMesh,
-    transport: Transport,
+    peers: Peers,
     *,
     most: int,
     weighted: bool = True,
@@ -50,16 +48,17 @@ def shard_batch_of(
     Raises:
         ConfigError: what `loss_weight` gives is no weight.
     """
+    mesh = peers.mesh
     raw = raw_weights(microbatches, config.loss_weight if weighted else None)
     if not config.shard_batch:
         sums = torch.tensor(sum(raw), dtype=torch.float64)
-        if layout.data_parallel > 1:
-            transport.all_reduce(sums)
-            sums /= layout.num_ranks
-        total, first = float(sums), layout.replica * most
+        if mesh.data_parallel > 1:
+            peers.transport.all_reduce(sums)
+            sums /= mesh.num_ranks
+        total, first = float(sums), mesh.replica * most
         weights = normalised(raw, total)
         return BatchShard(microbatches=microbatches, weights=weights, first=first, total=total, given=microbatches)
     shares, count = normalised(raw, sum(raw)), len(microbatches)
-    begin, end = (count * (layout.replica + i) // layout.data_parallel for i in (0, 1))
+    begin, end = (count * (mesh.replica + i) // mesh.data_parallel for i in (0, 1))
     mine, weights = microbatches[begin:end], shares[begin:end]
     return BatchShard(microbatches=mine, weights=weights, first=begin, total=sum(raw), given=microbatches)

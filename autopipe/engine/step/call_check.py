@@ -20,6 +20,7 @@ from autopipe.engine.ranks.context import Context
 from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch
 from autopipe.engine.transport.p2p import MessageSpec, TensorSpec, Transport
+from autopipe.engine.transport.peers import Peers
 from autopipe.errors import EngineError
 
 _SAID_BYTES = 1024
@@ -29,14 +30,7 @@ NOTHING = -(2**62)
 
 
 def compare_calls(
-    context: Context,
-    layout: ProcessMesh,
-    transport: Transport,
-    kind: str,
-    training: bool,
-    given: Sequence[MicroBatch],
-    *,
-    shared: bool,
+    peers: Peers, kind: str, training: bool, given: Sequence[MicroBatch], *, shared: bool
 ) -> CallComparison | NeighbourComparison:
     """Starts comparing a call with the other ranks: ranks that were given different calls or batches would wait for each other.
 
@@ -45,10 +39,10 @@ def compare_calls(
         shared: all ranks were to be given the same; otherwise those of a replica were.
     """
     call = "train in evaluation mode" if kind == "train" and not training else kind
-    neighbours = transport.neighbours(layout.shape.ranks) if layout.data_parallel == 1 else None
+    neighbours = peers.transport.neighbours(peers.mesh.shape.ranks) if peers.mesh.data_parallel == 1 else None
     if neighbours:
-        return NeighbourComparison(context, transport, neighbours, call, given)
-    return CallComparison(context, layout, call, given, shared=shared)
+        return NeighbourComparison(peers.context, peers.transport, neighbours, call, given)
+    return CallComparison(peers.context, peers.mesh, call, given, shared=shared)
 
 
 _Described = tuple[str, tuple[int, ...], str]
@@ -117,15 +111,15 @@ class CallComparison:
     """
 
     def __init__(
-        self, context: Context, layout: ProcessMesh, call: str, given: Sequence[MicroBatch], *, shared: bool
+        self, context: Context, mesh: ProcessMesh, call: str, given: Sequence[MicroBatch], *, shared: bool
     ) -> None:
-        self._context, self._given, self._group = context, given, 0 if shared else layout.replica
+        self._context, self._given, self._group = context, given, 0 if shared else mesh.replica
         self._call = call
         self._work: Any = None
         if context.control is not None:
             kind = zlib.crc32(self._call.encode())
             batch = zlib.crc32("|".join(m.signature for m in given).encode())
-            self._bounds = torch.full((1 + layout.data_parallel, 2), NOTHING)  # largest digest, and smallest negated
+            self._bounds = torch.full((1 + mesh.data_parallel, 2), NOTHING)  # largest digest, and smallest negated
             self._bounds[0] = torch.tensor([kind, -kind])
             self._bounds[1 + self._group] = torch.tensor([batch, -batch])
             self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)

@@ -1,4 +1,4 @@
-"""Executes a rank's list of actions; a failure says which stage, rank, micro-batch and phase it happened in."""
+"""Executes a rank's list of actions; a failure says in which stage, micro-batch and phase it happened."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from autopipe.engine.failures.failure import phase_of
+from autopipe.engine.state.gradients import GradientSync
 from autopipe.engine.step.stage_executor import StageRun
 from autopipe.schedule import Action
 from autopipe.schedule.actions import Kind
@@ -24,24 +25,22 @@ class ActionFailure(Exception):
 def run_actions(
     actions: Sequence[Action],
     runs: Mapping[int, StageRun],
-    reduce: Callable[[int], None],
-    stage_done: Callable[[int], None],
+    gradients: GradientSync,
     before_transfers: Callable[[], None],
 ) -> None:
-    """Executes `actions` in order on this rank's stages.
+    """Execute `actions` in order on this rank's stages.
 
     Receives are posted and sends started without blocking; a compute waits for what it reads.
 
     Args:
         runs: the stages of this rank.
-        reduce: sums the gradients of one group of tied parameters.
-        stage_done: is told of a stage whose last backward has run.
-        before_transfers: is called before the first send or receive; what it raises is raised as it is.
+        gradients: sums the gradients of tied parameters, and those of a stage after its last backward.
+        before_transfers: called before the first send or receive; what it raises is raised as it is.
 
     Raises:
         ActionFailure: whatever an action raised, with its place.
     """
-    perform = {stage: _methods(run, reduce) for stage, run in runs.items()}
+    perform = {stage: _methods(run, gradients) for stage, run in runs.items()}
     last = {a.stage: i for i, a in enumerate(actions) if a.kind in ("B", "W")}
     first = next((i for i, a in enumerate(actions) if a.peer >= 0), -1)
     for i, action in enumerate(actions):
@@ -50,13 +49,13 @@ def run_actions(
         try:
             perform[action.stage][action.kind](action)
             if last.get(action.stage) == i:
-                stage_done(action.stage)
+                gradients.stage_done(action.stage)
         except Exception as cause:
             raise ActionFailure(action.stage, phase_of(action), cause) from cause
 
 
-def _methods(run: StageRun, reduce: Callable[[int], None]) -> dict[Kind, Callable[[Action], None]]:
-    """What executes each kind of action of a stage."""
+def _methods(run: StageRun, gradients: GradientSync) -> dict[Kind, Callable[[Action], None]]:
+    """The method that executes each kind of action of a stage."""
     backward: dict[Kind, Callable[[Action], None]] = {
         "B": run.backward,
         "I": run.input_gradients,
@@ -70,7 +69,7 @@ def _methods(run: StageRun, reduce: Callable[[int], None]) -> dict[Kind, Callabl
         "F": run.forward,
         "SEND_F": run.send_forward,
         "SEND_B": run.send_backward,
-        "REDUCE_GRAD": lambda action: reduce(action.microbatch),
+        "REDUCE_GRAD": lambda action: gradients.reduce_tied(action.microbatch),
         **backward,
     }
 

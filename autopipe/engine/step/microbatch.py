@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,24 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import ConfigError
 
-Batch = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""Arguments, keyword arguments and target of a call."""
+
+class Batch(NamedTuple):
+    """The positional arguments, keyword arguments and target of a call of the engine."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Any
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with all of its tensors on a device."""
+        parts = (self.args, dict(self.kwargs), self.target)
+        return Batch(*pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, parts))
+
+    def for_model(self, *, has_loss_fn: bool) -> Batch:
+        """The batch as the model takes it: without a loss function the target is an argument of that name."""
+        if has_loss_fn or self.target is None:
+            return self
+        return Batch(self.args, {**self.kwargs, "target": self.target}, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ Parts = list[tuple[int, list[Tensor]]]
 
 
 def gather_outputs(
-    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], layout: ProcessMesh, *, everywhere: bool
+    runs: Sequence[StageRun], microbatches: Sequence[MicroBatch], mesh: ProcessMesh, *, everywhere: bool
 ) -> list[Tensor] | None:
     """The graph's outputs over the whole batch, on the CPU. Collective.
 
@@ -32,16 +32,16 @@ def gather_outputs(
     """
     outputs: list[Tensor] | None = None
     error: AutopipeError | None = None
-    last = next((run for run in runs if run.stage == layout.num_stages - 1), None)
+    last = next((run for run in runs if run.stage == mesh.num_stages - 1), None)
     if last is not None:
-        parts = _of_all_replicas(_parts(last, microbatches), layout)
+        parts = _of_all_replicas(_parts(last, microbatches), mesh)
         sizes = [size for size, _ in parts]
         try:
             outputs = [_merge([out[i] for _, out in parts], sizes) for i in range(len(parts[0][1]))]
         except EngineError as caught:
             error = caught
-    if layout.num_ranks > 1:
-        outputs, error = _share(outputs, error, layout, everywhere)
+    if mesh.num_ranks > 1:
+        outputs, error = _share(outputs, error, mesh, everywhere)
     if error is not None:
         raise error
     return outputs
@@ -54,19 +54,19 @@ def _parts(run: StageRun, microbatches: Sequence[MicroBatch]) -> Parts:
     ]
 
 
-def _of_all_replicas(mine: Parts, layout: ProcessMesh) -> Parts:
-    if layout.data_parallel == 1:
+def _of_all_replicas(mine: Parts, mesh: ProcessMesh) -> Parts:
+    if mesh.data_parallel == 1:
         return mine
-    gathered: list[Any] = [None] * layout.data_parallel
-    dist.all_gather_object(gathered, (layout.replica, mine), group=layout.data_control)
+    gathered: list[Any] = [None] * mesh.data_parallel
+    dist.all_gather_object(gathered, (mesh.replica, mine), group=mesh.data_control)
     return [part for _, parts in sorted(gathered, key=lambda g: g[0]) for part in parts]
 
 
 def _share(
-    outputs: list[Tensor] | None, error: AutopipeError | None, layout: ProcessMesh, everywhere: bool
+    outputs: list[Tensor] | None, error: AutopipeError | None, mesh: ProcessMesh, everywhere: bool
 ) -> tuple[list[Tensor] | None, AutopipeError | None]:
     """From the last stage to the other ranks of its replica: the error if there is one, and the outputs where they are wanted."""
-    group, source = layout.pipeline_control, layout.rank_of(layout.num_stages - 1)
+    group, source = mesh.pipeline_control, mesh.rank_of(mesh.num_stages - 1)
     header: list[Any] = [error, None if outputs is None else [(o.shape, o.dtype) for o in outputs]]
     dist.broadcast_object_list(header, source, group=group)
     if header[0] is not None or not everywhere:

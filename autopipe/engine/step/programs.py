@@ -154,7 +154,7 @@ def make_program(
     kind: Kind,
     captured: Captured,
     stage_of: Mapping[str, int],
-    layout: ProcessMesh,
+    mesh: ProcessMesh,
     random: RandomSource,
     *,
     compiled: bool,
@@ -165,12 +165,12 @@ def make_program(
     Args:
         kind: of the calls that run it; the messages of a training step come again in the next.
     """
-    specs = tuple(with_recompute(spec, recompute) for spec in cut(captured, stage_of, layout.num_stages))
+    specs = tuple(with_recompute(spec, recompute) for spec in cut(captured, stage_of, mesh.num_stages))
     loss_stage = None
     if captured.loss is not None:
         results: Any = captured.graph_module.graph.output_node().args[0]
         loss_stage = stage_of[results[captured.loss].name]
-    modules = {s: stage_module(captured, specs[s], random) for s in layout.stages}
+    modules = {s: stage_module(captured, specs[s], random) for s in mesh.stages}
     divisions = {s: division_of(module) for s, module in modules.items()}
     if compiled:
         for module in modules.values():
@@ -182,19 +182,19 @@ def make_program(
         divisions=divisions,
         loss_stage=loss_stage,
         edges=edges_of(specs),
-        routes={s: _route(specs, s, layout, repeated=kind == "train") for s in layout.stages},
+        routes={s: _route(specs, s, mesh, repeated=kind == "train") for s in mesh.stages},
     )
 
 
-def _route(specs: tuple[StageSpec, ...], stage: int, layout: ProcessMesh, *, repeated: bool) -> Route:
+def _route(specs: tuple[StageSpec, ...], stage: int, mesh: ProcessMesh, *, repeated: bool) -> Route:
     message = partial(_message, repeated=repeated)
     spec = specs[stage]
     sources = sorted({i.source for i in spec.inputs} - {MODEL_INPUT})
     targets = sorted({t for o in spec.outputs for t in o.targets})
     received = {s: spec.received_from(s) for s in sources}
     sent = {t: specs[t].received_from(stage) for t in targets}
-    come = {s: layout.flow(s, stage) for s in sources + targets}
-    go = {t: layout.flow(stage, t) for t in sources + targets}
+    come = {s: mesh.flow(s, stage) for s in sources + targets}
+    go = {t: mesh.flow(stage, t) for t in sources + targets}
     return Route(
         received={s: message(inputs, come[s]) for s, inputs in received.items()},
         sent={t: message(inputs, go[t], tuple(spec.sent_to(t))) for t, inputs in sent.items()},

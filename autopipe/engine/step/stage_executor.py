@@ -31,7 +31,7 @@ class Step:
         microbatches, weights: the micro-batches, and their shares in the mean loss of the whole batch.
         training: keep what the backward needs.
         with_target: the graphs take the target among their inputs.
-        layout, transport: where stages run, and what moves tensors between them.
+        mesh, transport: where stages run, and what moves tensors between them.
         clock: times what runs.
         random, seed, number, first_microbatch: what random operations follow from: the run's seed, the step's number, and the
             place of this replica's first micro-batch in the whole batch.
@@ -45,7 +45,7 @@ class Step:
     weights: Sequence[float]
     training: bool
     with_target: bool
-    layout: ProcessMesh
+    mesh: ProcessMesh
     transport: Transport
     clock: StepClock
     random: RandomSource
@@ -276,7 +276,7 @@ class StageRun:
         """
         while len(self._gradients) > MAX_POSTED_RECEIVES:
             self._gradients.pop(0).join()
-        while len(self._sending) > self.step.layout.num_stages + MAX_POSTED_RECEIVES:
+        while len(self._sending) > self.step.mesh.num_stages + MAX_POSTED_RECEIVES:
             for _, handle in self._sending.pop(next(iter(self._sending))):
                 handle.join()
 
