@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class RecomputeOption:
         saved_bytes, workspace_bytes: (n) as in `CostGraph`, with what is dropped left out and what is made again counted as
             workspace of the nodes of its region.
         recompute_us: (n) time that is added to the backward.
+        is_none: nothing is computed again.
     """
 
     region: IntArray
@@ -38,11 +39,10 @@ class RecomputeOption:
     saved_bytes: FloatArray
     workspace_bytes: FloatArray
     recompute_us: FloatArray
+    is_none: bool = field(init=False)
 
-    @property
-    def is_none(self) -> bool:
-        """Whether nothing is computed again."""
-        return bool((self.region < 0).all())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_none", bool((self.region < 0).all()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

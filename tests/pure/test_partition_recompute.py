@@ -10,10 +10,14 @@ import pytest
 from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph
+from autopipe.cost.graph import StageDevices
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
+from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel, run_costs, stage_memory
 from autopipe.partition.memory.recompute import with_recompute
+from autopipe.partition.problem import Problem
+from autopipe.partition.search.shortest_step import StepTimeCache
 from profiler.records import LinkProfile, NodeProfile, Profile
 
 LINK = LinkProfile(latency_us=0.3, bytes_per_us=4000.0, overlap=0.5)
@@ -111,3 +115,27 @@ def test_the_dp_takes_the_best_assignment_with_its_recompute(recompute: str) -> 
         assert max(s.peak_bytes for s in plan.stages) <= limit + 1
         again += any(s.recompute for s in plan.stages)
     assert again > 3
+
+
+def test_a_device_twice_as_fast_computes_again_twice_as_fast() -> None:
+    """With devices and links twice as fast the step is half as long, recompute included."""
+    K, profile = 3, blocks(6)
+    graph = with_recompute(build_cost_graph(profile, LINK), profile, "full")
+    memory = MemoryModel(num_microbatches=6, limit_bytes=1e9)
+
+    def step_us(speed: float) -> float:
+        links = np.full((K, K), LINK.latency_us / speed), np.full((K, K), 1 / LINK.bytes_per_us / speed)
+        devices = StageDevices(
+            speed=np.full(K, speed),
+            latency_us=links[0],
+            us_per_byte=links[1],
+            exposed=np.full((K, K), graph.exposed),
+            reduce_latency_us=np.zeros(K),
+            reduce_us_per_byte=np.zeros(K),
+        )
+        on_devices = dataclasses.replace(graph, devices=devices)
+        stage_of = np.arange(graph.num_nodes) * K // graph.num_nodes
+        assert stage_memory(on_devices, memory, stage_of, K).recompute_us.min() > 0
+        return StepTimeCache(Problem(graph=on_devices, num_stages=K, memory=memory), Effort(1e9)).step_us(stage_of)
+
+    assert step_us(2.0) == pytest.approx(step_us(1.0) / 2, rel=1e-9)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from autopipe.cost import CostGraph, FloatArray, IntArray, Readers
 from autopipe.partition.constraints import Rules
 from autopipe.partition.graph.downsets import Pool
-from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +114,22 @@ class Pairs:
         a, b = (_read(graph.param_readers, pool, every) for pool in (self.before, self.after))
         held = static.sum() - _agreeing(a, b, np.ones_like(a), static)
         received, sent = self.received(graph.tensor_bytes), self.sent(graph.tensor_bytes)
-        held = held + memory.buffer_bytes(received, sent)
         saved = self._difference(graph.saved_bytes)
         added = np.where(wanted, np.inf, 0.0)
         rows, cols = np.nonzero(wanted)
-        for way in graph.classes:
+        in_flight = memory.in_flight(stage, num_stages)
+        for option in graph.classes:
             if not len(rows):
                 break
-            activations = self._difference(way.saved_bytes)[rows, cols] + received[rows, cols]
-            if not way.is_none:
-                activations += sent[rows, cols]
-            need = held[rows, cols] + memory.in_flight(stage, num_stages) * activations
-            need += self._largest(way.workspace_bytes, rows, cols) + (saved[rows, cols] if way.at_once else 0.0)
-            fits = need <= memory.limit(stage)
-            added[rows[fits], cols[fits]] = self._difference(way.recompute_us)[rows[fits], cols[fits]]
+            micro = MicrobatchBytes(
+                saved=self._difference(option.saved_bytes)[rows, cols],
+                received=received[rows, cols],
+                sent=sent[rows, cols],
+                workspace=self._largest(option.workspace_bytes, rows, cols),
+                kept=saved[rows, cols],
+            )
+            fits = memory.peak_bytes(option, held[rows, cols], micro, in_flight) <= memory.limit(stage)
+            added[rows[fits], cols[fits]] = self._difference(option.recompute_us)[rows[fits], cols[fits]]
             rows, cols = rows[~fits], cols[~fits]
         return added
 

@@ -1,12 +1,6 @@
-"""The memory of the intervals of an order, and the class of recompute under which each fits into a stage.
+"""The memory of the intervals of an order, and the option of recompute under which each fits into a stage.
 
-For the interval [i, j) as stage k and a class c, with w = min(K - k, M) micro-batches in flight:
-
-    peak_c = parameters + w (saved_c + received + sent) + buffers + largest workspace_c  [+ saved, where c is at once]
-
-where `sent` counts only where something is computed again: else what is sent is among what is saved.
-
-The first class with peak_c <= limit is taken: classes stand in the order of their time.
+The first option whose peak (`MemoryModel.peak_bytes`) is within the limit is taken: options stand in the order of their time.
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption
-from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 
 Block = tuple[int, int]
 Bytes = tuple[FloatArray, FloatArray, FloatArray]
@@ -23,12 +17,12 @@ Bytes = tuple[FloatArray, FloatArray, FloatArray]
 
 
 class IntervalMemory:
-    """What intervals between the positions of a grid need, under each class of a graph."""
+    """What intervals between the positions of a grid need, under each option of a graph."""
 
     def __init__(self, graph: CostGraph, memory: MemoryModel, order: IntArray, grid: IntArray) -> None:
         self.memory = memory
         self._saved = _prefix(graph.saved_bytes, order, grid)
-        self._ways = [_Way(way, order, grid) for way in graph.classes]
+        self._options = [_Option(option, order, grid) for option in graph.classes]
 
     def added_us(
         self, rows: Block, cols: Block, stage: int, num_stages: int, held: Bytes, wanted: NDArray[np.bool_]
@@ -36,13 +30,13 @@ class IntervalMemory:
         """Time of recompute of each wanted interval as stage k of K; infinite where it does not fit, 0 where it is not wanted."""
         added = np.where(wanted, np.inf, 0.0)
         row, col = np.nonzero(wanted)
-        for way in self._ways:
+        for option in self._options:
             if not len(row):
                 break
             i, j = row + rows[0], col + cols[0]
-            need = self._peak_bytes(way, i, j, stage, num_stages, tuple(part[row, col] for part in held))
+            need = self._peak_bytes(option, i, j, stage, num_stages, tuple(part[row, col] for part in held))
             fits = need <= self.memory.limit(stage)
-            added[row[fits], col[fits]] = way.again[j[fits]] - way.again[i[fits]]
+            added[row[fits], col[fits]] = option.again[j[fits]] - option.again[i[fits]]
             row, col = row[~fits], col[~fits]
         return added
 
@@ -51,26 +45,30 @@ class IntervalMemory:
         row, col = np.indices(held[0].shape).reshape(2, -1)
         i, j = row + rows[0], col + cols[0]
         parts = tuple(part.reshape(-1) for part in held)
-        peaks = [self._peak_bytes(way, i, j, stage, num_stages, parts) for way in self._ways]
+        peaks = [self._peak_bytes(option, i, j, stage, num_stages, parts) for option in self._options]
         return np.asarray(np.min(peaks, axis=0).reshape(held[0].shape), np.float64)
 
     def _peak_bytes(
-        self, way: _Way, i: IntArray, j: IntArray, stage: int, num_stages: int, held: tuple[FloatArray, ...]
+        self, option: _Option, i: IntArray, j: IntArray, stage: int, num_stages: int, held: tuple[FloatArray, ...]
     ) -> FloatArray:
         static, received, sent = held
-        activations = way.saved[j] - way.saved[i] + received + (0.0 if way.is_none else sent)
-        need = static + self.memory.in_flight(stage, num_stages) * activations
-        need = need + way.largest_workspace(i, j) + self.memory.buffer_bytes(received, sent)
-        return np.asarray(need + (self._saved[j] - self._saved[i] if way.at_once else 0.0), np.float64)
+        micro = MicrobatchBytes(
+            saved=option.saved[j] - option.saved[i],
+            received=received,
+            sent=sent,
+            workspace=option.largest_workspace(i, j),
+            kept=self._saved[j] - self._saved[i],
+        )
+        return self.memory.peak_bytes(option.recompute, static, micro, self.memory.in_flight(stage, num_stages))
 
 
-class _Way:
-    """One class along an order: prefix sums, and the largest workspace of 1, 2, 4, … spans of the grid."""
+class _Option:
+    """One option along an order: prefix sums, and the largest workspace of 1, 2, 4, … spans of the grid."""
 
-    def __init__(self, way: RecomputeOption, order: IntArray, grid: IntArray) -> None:
-        self.is_none, self.at_once = way.is_none, way.at_once
-        self.saved, self.again = _prefix(way.saved_bytes, order, grid), _prefix(way.recompute_us, order, grid)
-        self._spans = np.maximum.reduceat(way.workspace_bytes[order], grid[:-1])
+    def __init__(self, option: RecomputeOption, order: IntArray, grid: IntArray) -> None:
+        self.recompute = option
+        self.saved, self.again = _prefix(option.saved_bytes, order, grid), _prefix(option.recompute_us, order, grid)
+        self._spans = np.maximum.reduceat(option.workspace_bytes[order], grid[:-1])
         self._table: FloatArray | None = None
 
     def largest_workspace(self, i: IntArray, j: IntArray) -> FloatArray:

@@ -48,6 +48,35 @@ class MemoryModel:
             return self.num_microbatches
         return min(num_stages - stage, self.num_microbatches)
 
+    def peak_bytes(
+        self, option: RecomputeOption, static: FloatArray, micro: MicrobatchBytes, in_flight: FloatArray | int
+    ) -> FloatArray:
+        """The most that a stage holds under an option of recompute, of any number of stages at once (arrays broadcast).
+
+            peak = static + activations + workspace, in_flight = w micro-batches
+            activations = w (saved + received + sent), where `sent` counts only if something is computed again:
+                          otherwise what is sent is among what is saved
+            workspace   = largest workspace + buffers + kept, where `kept` counts only if a stage is one region
+
+        Args:
+            static: bytes of parameters, gradients and optimizer state.
+            micro: bytes of one micro-batch.
+            in_flight: w, as `in_flight` gives it for each stage.
+        """
+        return static + self.activation_bytes(option, micro, in_flight) + self.workspace_bytes(option, micro)
+
+    def activation_bytes(
+        self, option: RecomputeOption, micro: MicrobatchBytes, in_flight: FloatArray | int
+    ) -> FloatArray:
+        """The activations of all micro-batches in flight."""
+        sent = 0.0 if option.is_none else micro.sent
+        return np.asarray(in_flight * (micro.saved + micro.received + sent), np.float64)
+
+    def workspace_bytes(self, option: RecomputeOption, micro: MicrobatchBytes) -> FloatArray:
+        """What a stage holds beyond these for a while: workspace, messages under way, and a region that is made again."""
+        kept = micro.kept if option.at_once else 0.0
+        return np.asarray(micro.workspace + self.buffer_bytes(micro.received, micro.sent) + kept, np.float64)
+
     def buffer_bytes(self, received: FloatArray, sent: FloatArray) -> FloatArray:
         """Bytes of messages under way, given those of one micro-batch.
 
@@ -66,10 +95,32 @@ class MemoryModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MicrobatchBytes:
+    """Bytes of one micro-batch on a stage, or on many; arrays of one shape.
+
+    Attributes:
+        saved: kept from forward to backward under the option of recompute.
+        received, sent: activations that come from other stages and go to them, each tensor once.
+        workspace: the largest of any node.
+        kept: what would be saved if nothing were computed again.
+    """
+
+    saved: FloatArray
+    received: FloatArray
+    sent: FloatArray
+    workspace: FloatArray
+    kept: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
     """(K) bytes of each stage, by part.
 
-    `activation_bytes` are those of all micro-batches in flight, `workspace_bytes` also the messages under way. `recompute` is the class of `CostGraph.classes` that each stage takes, `recompute_us` what it adds to the backward.
+    Attributes:
+        activation_bytes: of all micro-batches in flight.
+        workspace_bytes: with the messages under way.
+        recompute: the option of `CostGraph.classes` that each stage takes.
+        recompute_us: what it adds to the backward, on a device of speed 1.
     """
 
     param_bytes: FloatArray
@@ -90,7 +141,7 @@ class StageMemory:
 def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_stages: int) -> StageMemory:
     """Memory of each stage under an assignment `stage_of` (n) of nodes to stages.
 
-    A stage takes the first class of recompute under which it fits; where none does, the one under which it needs least.
+    A stage takes the first option of recompute under which it fits; if none does, the one under which it needs least.
     """
     K, readers = num_stages, graph.param_readers
     held = np.unique(readers.owner * K + stage_of[readers.node])
@@ -101,16 +152,17 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
     gradient_bytes = sum_by(stage, trained[owner], K)
     optimizer_bytes = sum_by(stage, trained[owner] * memory.states / memory.shards, K)
     static = param_bytes + gradient_bytes + optimizer_bytes
-    received = received_bytes(graph, stage_of, K)
-    sent = sent_bytes(graph, stage_of, K)
-    ways = graph.classes
-    at_once = np.array([[way.at_once] for way in ways], float)
-    again = np.array([[not way.is_none] for way in ways], float)
+    options = graph.classes
     on = (stage_of[:, None] == np.arange(K)).astype(float)
-    saved, largest = np.stack([w.saved_bytes for w in ways]) @ on, _largest(ways, stage_of, K)
-    activations = in_flight * (saved + received + again * sent)
-    workspace = largest + memory.buffer_bytes(received, sent) + at_once * (graph.saved_bytes @ on)
-    peaks = static + activations + workspace
+    received, sent, kept = received_bytes(graph, stage_of, K), sent_bytes(graph, stage_of, K), graph.saved_bytes @ on
+    micro = [
+        MicrobatchBytes(saved=option.saved_bytes @ on, received=received, sent=sent, workspace=largest, kept=kept)
+        for option, largest in zip(options, _largest(options, stage_of, K), strict=True)
+    ]
+    pairs = list(zip(options, micro, strict=True))
+    peaks = np.stack([memory.peak_bytes(option, static, m, in_flight) for option, m in pairs])
+    activations = np.stack([memory.activation_bytes(option, m, in_flight) for option, m in pairs])
+    workspace = np.stack([memory.workspace_bytes(option, m) for option, m in pairs])
     fits = peaks <= np.array([memory.limit(k) for k in range(K)])
     chosen = np.where(fits.any(axis=0), fits.argmax(axis=0), peaks.argmin(axis=0))
     stages = np.arange(K)
@@ -121,17 +173,17 @@ def stage_memory(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_
         activation_bytes=activations[chosen, stages],
         workspace_bytes=workspace[chosen, stages],
         recompute=chosen,
-        recompute_us=(np.stack([w.recompute_us for w in ways]) @ on)[chosen, stages],
+        recompute_us=(np.stack([option.recompute_us for option in options]) @ on)[chosen, stages],
     )
 
 
-def _largest(ways: tuple[RecomputeOption, ...], stage_of: IntArray, num_stages: int) -> FloatArray:
-    """(classes, K) the largest workspace of each stage, 0 where it is empty."""
+def _largest(options: tuple[RecomputeOption, ...], stage_of: IntArray, num_stages: int) -> FloatArray:
+    """(options, K) the largest workspace of each stage, 0 where it is empty."""
     order = np.argsort(stage_of, kind="stable")
     size = np.bincount(stage_of, minlength=num_stages)
     filled = np.flatnonzero(size)
-    found = np.zeros((len(ways), num_stages))
-    values = np.stack([way.workspace_bytes for way in ways])[:, order]
+    found = np.zeros((len(options), num_stages))
+    values = np.stack([option.workspace_bytes for option in options])[:, order]
     found[:, filled] = np.maximum.reduceat(values, (np.cumsum(size) - size)[filled], axis=1)
     return found
 
@@ -141,8 +193,13 @@ def run_costs(graph: CostGraph, memory: MemoryModel, stage_of: IntArray, num_sta
     costs = stage_costs(graph, stage_of, num_stages)
     if not memory.constrains(graph):
         return costs
-    again = stage_memory(graph, memory, stage_of, num_stages).recompute_us / graph.speed(num_stages)
-    return dataclasses.replace(costs, backward_us=costs.backward_us + again)
+    return with_recompute(costs, stage_memory(graph, memory, stage_of, num_stages), graph)
+
+
+def with_recompute(costs: StageCosts, held: StageMemory, graph: CostGraph) -> StageCosts:
+    """Costs whose backwards also take the time of recompute, each on the device of its stage."""
+    again_us = held.recompute_us / graph.speed(len(held.recompute_us))
+    return dataclasses.replace(costs, backward_us=costs.backward_us + again_us)
 
 
 def received_bytes(graph: CostGraph, stage_of: IntArray, num_stages: int) -> FloatArray:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autopipe.cost import CostGraph, FloatArray, IntArray
 from autopipe.partition.effort import Effort
-from autopipe.partition.memory.model import MemoryModel
+from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 from autopipe.partition.problem import Problem
 from autopipe.schedule.actions import Edge
 from autopipe.schedule.orders import ORDERS
@@ -105,15 +105,18 @@ def fitting(problem: Problem, stages: Stages) -> tuple[NDArray[np.bool_], FloatA
             read = on[:, tensors.node[tensors.owner == t]]
             received += graph.tensor_bytes[t] * (read.any(axis=1) & ~on[:, maker])
             sent += graph.tensor_bytes[t] * (on[:, maker] & ~read.all(axis=1))
-        held += memory.buffer_bytes(received, sent)
         left = np.arange(len(stages))
-        for way in graph.classes:
+        for option in graph.classes:
             here = on[left]
-            activations = here @ way.saved_bytes + received[left] + (0.0 if way.is_none else sent[left])
-            need = held[left] + memory.in_flight(k, K) * activations + (here * way.workspace_bytes).max(axis=1)
-            need += here @ graph.saved_bytes if way.at_once else 0.0
-            fits = need <= memory.limit(k)
-            again[k, left[fits]] = here[fits] @ way.recompute_us
+            micro = MicrobatchBytes(
+                saved=here @ option.saved_bytes,
+                received=received[left],
+                sent=sent[left],
+                workspace=(here * option.workspace_bytes).max(axis=1),
+                kept=here @ graph.saved_bytes if option.at_once else np.zeros(()),
+            )
+            fits = memory.peak_bytes(option, held[left], micro, memory.in_flight(k, K)) <= memory.limit(k)
+            again[k, left[fits]] = here[fits] @ option.recompute_us
             left = left[~fits]
             if not len(left):
                 break

@@ -21,7 +21,7 @@ from autopipe.partition.dp.intervals import IntervalCosts
 from autopipe.partition.dp.step_interval_dp import least_step_cuts
 from autopipe.partition.effort import Effort
 from autopipe.partition.graph.orders import depth_first, relinearise
-from autopipe.partition.memory.model import run_costs, stage_memory
+from autopipe.partition.memory.model import run_costs, stage_memory, with_recompute
 from autopipe.partition.problem import Problem, Solution
 from autopipe.partition.search.annealing import FROM_BEST, annealed, can_anneal, step_peak
 from autopipe.partition.search.bottleneck import kick
@@ -67,7 +67,7 @@ class StepTimeCache:
             held = stage_memory(problem.graph, memory, stage_of, problem.num_stages)
             if not memory.fits(held.peak_bytes):
                 return np.inf
-            costs = dataclasses.replace(costs, backward_us=costs.backward_us + held.recompute_us)
+            costs = with_recompute(costs, held, problem.graph)
         return ranked_step_us(costs, memory.num_microbatches, memory.schedule)
 
 
