@@ -21,7 +21,6 @@ from autopipe.engine.setup.first_batch import Unprepared, unprepared
 from autopipe.engine.setup.prepared import Prepared
 from autopipe.engine.state.async_checkpoint import Saver
 from autopipe.engine.step.microbatch import Batch, batch_size
-from autopipe.engine.step.outputs import gather_outputs
 from autopipe.engine.step.step_stats import Measurements
 from autopipe.engine.training_loop import StepLog, evaluate_over, train_over
 from autopipe.engine.transport.p2p import Transport
@@ -32,8 +31,8 @@ from autopipe.plan import Plan
 class Engine:
     """Trains a model as a pipeline over the processes of the launch; on one process, as one stage.
 
-    Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once if an example was given.
-    Every rank makes the same calls with the same batch (under `shard_batch=False`, the ranks of one replica do).
+    Made by `autopipe.pipeline`. The model is captured and planned at the first batch, or at once if an example was
+    given. Every rank makes the same calls with the same batch (under `shard_batch=False`, the ranks of one replica do).
 
     Attributes:
         steps: training steps that are done.
@@ -53,8 +52,8 @@ class Engine:
     def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """One training step on a whole batch.
 
-        With an optimizer it clears gradients, runs the schedule, clips, and steps optimizer and scheduler; gradients stay
-        readable until the next call. Without one, gradients are added to those that are there, as in PyTorch.
+        With an optimizer it clears gradients, runs the schedule, clips, and steps optimizer and scheduler; gradients
+        stay readable until the next call. Without one, gradients are added to those that are there, as in PyTorch.
 
         Args:
             args, kwargs: the batch, as the model takes it; tensors whose first dimension is the batch size are split.
@@ -87,32 +86,21 @@ class Engine:
 
     @watched
     def eval_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
-        """The mean loss of a batch in evaluation mode: forward only, nothing kept. Arguments and result as in `train_batch`."""
+        """The mean loss of a batch in evaluation mode, forward only. Arguments and result as in `train_batch`."""
         return self._evaluated(self._batch(args, kwargs, target))[0]
 
     @watched
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for a batch in evaluation mode, in the model's own structure, on every rank (see `predict_on`).
+        """The model's output for a batch in evaluation mode, in its own structure, on every rank (see `predict_on`).
 
-        Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples. As a first
-        call it plans the model, with the loss if the model returns it.
+        Tensors that come in micro-batches are put together along dimension 0, scalars are averaged over the samples. As
+        a first call it plans the model, with the loss if the model returns it.
         """
         self._saver.check()
         batch = Batch(args, kwargs, None)
         if self._config.plan is None or self._config.loss_fn is None:
             self._prepare(batch, for_output=True)
-        prepared = self._planned("predict()")
-        microbatches = prepared.split(batch)
-        shard = prepared.shard(microbatches, weighted=False)
-        step, runs = prepared.runner.run("predict", False, shard, self.steps)
-        with self.watcher.waiting("sharing the output"):
-            outputs = gather_outputs(
-                runs, shard.microbatches, prepared.peers.mesh, everywhere=self._config.predict_on == "all"
-            )
-        if outputs is None:
-            return None
-        captured = prepared.runner.predicted(step, microbatches)
-        return captured.unflatten([o.to(self._context.device) for o in outputs])
+        return self._planned("predict()").predict(batch, self.steps)
 
     # -- many batches -------------------------------------------------------------------------------------------------
 
@@ -139,19 +127,19 @@ class Engine:
         log: Callable[[str], None] = tqdm.write,
         progress: bool | None = None,
     ) -> Self | list[float]:
-        """Trains on the batches of `data`; or, as in PyTorch, `train()` and `train(False)` set the mode that `train_batch` uses.
+        """Train on the batches of `data`; or, as in PyTorch, set the mode by `train()` and `train(False)`.
 
-        Every rank passes its own iterator over the same batches (with `shard_batch=False`, over its replica's). Training stops
-        where the data of any rank ends, on all ranks alike. Tensors are moved to the engine's device.
+        Every rank passes its own iterator over the same batches (with `shard_batch=False`, over its replica's).
+        Training stops on all ranks once the data of any rank ends. Tensors are moved to the engine's device.
 
         Args:
-            data: yields a mapping of keyword arguments, or a tuple of positional ones, or one of them; with a `loss_fn` the last of
-                the tuple, or the key `target`, is its target. True or False: no training, the mode only.
+            data: yields a mapping of keyword arguments, a tuple of positional ones, or a single one; with a `loss_fn`
+                the last of the tuple, or the key `target`, is its target. True or False: set the mode, train nothing.
             steps: how many at most; None: until the data ends.
-            log_every: steps between two lines with step, loss (mean since the last line), learning rate, gradient norm, samples/s,
-                peak memory and measured bubble; under fp16 also the loss scale. 0: none.
+            log_every: steps between two lines with step, loss (mean since the last line), learning rate, gradient norm,
+                samples/s, peak memory and measured bubble; under fp16 also the loss scale. 0: none.
             log: takes each line, on the first rank; `logging.getLogger("mine").info`, say.
-            progress: a bar on the first rank; None: where stderr is a terminal.
+            progress: show a bar on the first rank; None: if stderr is a terminal.
 
         Returns:
             The loss of each step that was done.
@@ -181,7 +169,7 @@ class Engine:
 
     @watched
     def evaluate(self, data: Iterable[Any], steps: int | None = None) -> float:
-        """The mean loss over the batches of `data` in evaluation mode, weighted as one batch would be. Iterators as in `train`.
+        """The mean loss over the batches of `data` in evaluation mode, weighted as one batch. Iterators as in `train`.
 
         Raises:
             ConfigError: there is no batch.
@@ -223,22 +211,22 @@ class Engine:
         keep: int | None = None,
         asynchronous: bool = False,
     ) -> Path:
-        """Writes the whole run: parameters, optimizer, scheduler, loss scale, random state, plan. All ranks must call it.
+        """Write the whole run: parameters, optimizer, scheduler, loss scale, random state, plan. On all ranks.
 
         Args:
             directory: on a file system that all ranks share; a folder `step-…` is made in it.
-            step: its number; the number of steps so far where it is None.
-            client_state: whatever JSON can hold, such as the position in the data.
+            step: its number; None: the number of steps so far.
+            client_state: anything that JSON can hold, such as the position in the data.
             keep: whole checkpoints to keep; None keeps all.
-            asynchronous: return once the state is copied to the CPU, and write it beside the next steps. The next save, load or
-                `close` waits for it.
+            asynchronous: return once the state is copied to the CPU, and write it during the next steps. The next save,
+                load or `close` waits for it.
 
         Returns:
-            The folder of the checkpoint, which is there when it is whole.
+            The folder of the checkpoint, which appears once it is whole.
 
         Raises:
-            CheckpointError: it could not be written, on every rank; earlier ones stand. Where an asynchronous one could not be,
-                the next call of the engine raises it.
+            CheckpointError: it could not be written, on every rank; earlier ones are kept. For an asynchronous one, the
+                next call of the engine raises it.
         """
         prepared = self._planned("save_checkpoint()")
         prepared.optimizer.require_stepped("save_checkpoint()")
@@ -249,9 +237,9 @@ class Engine:
 
     @watched
     def load_checkpoint(self, directory: str | Path) -> Any:
-        """Read the newest whole checkpoint of a directory, written with any number of stages and replicas. All ranks must call it.
+        """Read the newest whole checkpoint of a directory, written by any layout. All ranks must call it.
 
-        Before the first batch it is read when the model is placed. Returns the `client_state` that was saved.
+        Before the first batch, it is read once the model is placed. Returns the `client_state` that was saved.
 
         Raises:
             CheckpointError: there is none, or it does not fit this model.
@@ -271,13 +259,13 @@ class Engine:
     def save_on_sigterm(
         self, directory: str | Path, client_state: Callable[[], Any] | None = None, *, keep: int | None = None
     ) -> None:
-        """From now on SIGTERM, on any rank, ends the run well: all ranks finish the step, save a checkpoint, and exit with 0.
+        """End the run well on SIGTERM, on any rank: all ranks finish the step, save a checkpoint, and exit with 0.
 
-        A second one changes nothing. What launches the run must allow for a step and a checkpoint: torchrun waits 30 s.
+        A second SIGTERM changes nothing. The launcher must leave time for a step and a checkpoint: torchrun waits 30 s.
 
         Args:
             directory, keep: as for `save_checkpoint`.
-            client_state: gives what is saved as such; called inside of `train_batch`, when `steps` counts the step that is done.
+            client_state: returns the state to save; called in `train_batch`, when `steps` counts the step just done.
 
         Raises:
             ConfigError: this is not the main thread.
@@ -291,14 +279,14 @@ class Engine:
         self._context.preemption.arm(save)
 
     def sampler(self, dataset: Dataset[Any], *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
-        """A sampler that gives each replica a share of its own, the same on all ranks of a replica; for `shard_batch=False`."""
+        """A sampler that gives each replica its own share, the same on all its ranks; for `shard_batch=False`."""
         mesh = self._state.launch.mesh
         return DistributedSampler(dataset, mesh.data_parallel, mesh.replica, shuffle=shuffle, seed=seed)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, leave the other ranks, and destroy the process groups that the engine made.
+        """Wait for a checkpoint that is being written, leave the other ranks, and destroy the engine's process groups.
 
         The engine cannot be used afterwards.
         """
@@ -331,7 +319,7 @@ class Engine:
 
     @watched
     def trace(self, path: str | Path) -> None:
-        """Write the last training step, every action of every rank on one clock, as a trace for Perfetto. All ranks must call it."""
+        """Write the last training step, all actions of all ranks, as a trace for Perfetto. All ranks must call it."""
         write_trace(path, self._context, self._measured)
 
     @property
@@ -414,7 +402,4 @@ class Engine:
 
     def _evaluated(self, batch: Batch) -> tuple[Tensor, float]:
         """The mean loss of a batch, and the batch's weight."""
-        prepared = self._prepared_by(batch)
-        shard = prepared.shard(prepared.split(batch))
-        step, _ = prepared.runner.run("eval", False, shard, self.steps)
-        return prepared.runner.share_loss(step), shard.total
+        return self._prepared_by(batch).evaluate(batch, self.steps)

@@ -1,4 +1,4 @@
-"""The first batch and the processes of the launch go in; out comes the plan that the search over all ways to use them finds, the same on every rank."""
+"""Searches for the best way to use the processes of the launch, given the first batch; the same plan on every rank."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LOG = logging.getLogger("autopipe.engine")
 
 
 def left_to_search(config: PipelineConfig, world_size: int) -> bool:
-    """Whether the planner is to choose how the processes are used: the stages are left open, and replicas or micro-batches too.
+    """Return whether the planner chooses how to use the processes: stages are open, and replicas or micro-batches.
 
-    A plan or split points say it; where each replica brings a batch of its own, the caller has chosen the replicas.
+    A plan or split points fix it. If each replica brings a batch of its own, the caller has chosen the replicas.
     """
     several = config.num_stages == "auto" and "auto" in (config.data_parallel, config.num_microbatches)
-    told = config.plan is not None or config.split_points is not None or not config.shard_batch
-    return world_size > 1 and several and not told
+    given = config.plan is not None or config.split_points is not None or not config.shard_batch
+    return world_size > 1 and several and not given
 
 
 def search_plan(
@@ -41,7 +41,7 @@ def search_plan(
     context: Context,
     capture: Callable[[MicroBatch], Captured],
 ) -> tuple[Captured, MicroBatch, Plan]:
-    """Captures and measures the model at two micro-batch sizes, and searches. Collective.
+    """Capture and measure the model at two micro-batch sizes, and search. Collective.
 
     Args:
         batch: the first batch: args, kwargs and target.
@@ -68,14 +68,16 @@ def search_plan(
         seen = seen[-1:]
     profiles = check_sizes([profile for _, _, profile in seen])
     plan = context.once(
-        lambda: search(profiles, cluster, _wanted(config, size, context.world_size), time_budget_s=SEARCH_BUDGET_S)
+        lambda: search(
+            profiles, cluster, _search_space(config, size, context.world_size), time_budget_s=SEARCH_BUDGET_S
+        )
     )
     captured, microbatch, _ = seen[0]
     return captured, microbatch, plan
 
 
-def _wanted(config: PipelineConfig, size: int, world_size: int) -> SearchSpace:
-    """What the settings leave open."""
+def _search_space(config: PipelineConfig, size: int, world_size: int) -> SearchSpace:
+    """The space that the settings leave open."""
     data_parallel = None if config.data_parallel == "auto" else config.data_parallel
     num_microbatches = None if config.num_microbatches == "auto" else config.num_microbatches
     may_shard = zero_stages(config, world_size)
@@ -95,7 +97,7 @@ def _wanted(config: PipelineConfig, size: int, world_size: int) -> SearchSpace:
 
 
 def _divisible(size: int, world_size: int, data_parallel: int, num_microbatches: int) -> int:
-    """The size of the batch that is planned: the search divides evenly, the engine need not, so that a remainder is left out."""
+    """The batch size that is planned: the search divides evenly and the engine need not, so a remainder is left out."""
     least = data_parallel * num_microbatches
     for unit in (world_size * num_microbatches, least):
         if size >= unit:
@@ -104,7 +106,7 @@ def _divisible(size: int, world_size: int, data_parallel: int, num_microbatches:
 
 
 def _cluster(config: PipelineConfig, context: Context) -> Cluster:
-    """The devices of the launch, host by host as the launcher has started them, and the links between them, measured. Collective."""
+    """The devices of the launch, host by host in the launcher's order, and the measured links. Collective."""
     told = context.gather((context.num_local, memory_limit(config, context) or _share_of_the_host(context)))
     nodes: list[tuple[Device, ...]] = []
     while (begin := sum(map(len, nodes))) < len(told):
@@ -128,5 +130,5 @@ def _link_between(first: int, second: int, context: Context) -> LinkProfile:
 
 
 def _share_of_the_host(context: Context) -> int:
-    """On a CPU, a process's share of its host's memory: without a limit every replica could be as large as the model."""
+    """On a CPU, a process's share of its host's memory; with no limit every replica could be as large as the model."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // context.num_local

@@ -1,4 +1,4 @@
-"""A planned model goes in; what this rank's stages read gets its values on this rank's device, and of the rest nothing is kept."""
+"""Places a planned model: parameters of this rank's stages get values on its device, the others are let go."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def place(
     device: torch.device,
     exact: dict[Tensor, Tensor],
 ) -> None:
-    """Gives values to this rank's parameters and buffers and puts them on its device. A `Parameter` stays the same object.
+    """Give values to this rank's parameters and buffers, on its device. A `Parameter` stays the same object.
 
     Args:
         mine: their first names; tensors of other ranks are not touched, and not read.
-        weights: the whole model's weights; without them tensors on the meta device are initialised by the model's own code.
+        weights: the whole model's weights; None: the model's own code initialises tensors on the meta device.
         exact: gets the weights as they were read, by parameter, for those that another dtype may have rounded.
-        later: a checkpoint is loaded afterwards: what is in the model's state dict gets memory only.
+        later: a checkpoint is loaded afterwards, so tensors of the state dict get memory only.
 
     Raises:
         CheckpointError: the weights lack a tensor, or hold it in another shape.
@@ -64,7 +64,7 @@ def place(
 
 
 def _copy(model: nn.Module, weights: Mapping[str, Tensor], names: Collection[str], exact: dict[Tensor, Tensor]) -> None:
-    """Weights into parameters that have values."""
+    """Copy weights into parameters that have values."""
     everything = tensors_by_name(model)
     for name, theirs in names_in(weights, model, names).items():
         value = weights[theirs]
@@ -75,9 +75,9 @@ def _copy(model: nn.Module, weights: Mapping[str, Tensor], names: Collection[str
 
 
 def release(model: nn.Module, captured: Captured, mine: Collection[str]) -> None:
-    """Takes the parameters of other ranks out of the model, and out of its graph: twins on the meta device stand in their place.
+    """Replace the parameters of other ranks, in the model and in its graph, with twins on the meta device.
 
-    Buffers stay: Python may read them when the model is captured for another kind of call. Everything stays where capture
+    Buffers stay: Python may read them when the model is captured for another kind of call. Everything stays if capture
     itself needs values.
     """
     if not captured.route.startswith("recorded"):
@@ -100,7 +100,7 @@ def _twin(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _refuse_released(everything: Mapping[str, Tensor], mine: Collection[str]) -> None:
-    """A parameter that another engine has taken away must not be initialised anew without a word."""
+    """Raise if an earlier engine left one of these parameters to another rank: its values are gone."""
     for name in mine:
         if getattr(everything[name], "is_on_another_rank", False):
             raise EngineError(

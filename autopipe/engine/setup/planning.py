@@ -1,4 +1,4 @@
-"""From the first batch to a plan that all ranks share: rank 0 measures and cuts, every rank captures, and all compare what they have."""
+"""Plans a model by its first batch: every rank captures, rank 0 measures and cuts, and all compare what they have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from autopipe.simulate import UNDIVIDED, fastest_schedule, rescheduled
 from profiler.records import LinkProfile, Profile
 
 MASTER_STATES = 7.0
-"""Bytes beside each byte of a bf16 parameter and of a gradient like it: 2 of its master copy, 4 of Adam's, 1 since its gradient is fp32."""
+"""Extra bytes per byte of a bf16 parameter and gradient: 2 for the master copy, 4 for Adam, 1 for the fp32 gradient."""
 
 
 def num_microbatches_of(config: PipelineConfig, num_stages: int) -> int:
@@ -46,7 +46,7 @@ def capture_first(
     *,
     for_output: bool,
 ) -> Captured:
-    """Captures what is planned: the training graph, or with `for_output` the way to the output."""
+    """Capture the graph that is planned: the training graph, or with `for_output` the one up to the output."""
     check_device(microbatch, context.device)
     with mode_of(model, True, flags):
         check = config.self_check and context.rank == 0
@@ -64,7 +64,7 @@ def plan_layout(
     num_microbatches: int,
     capture: Callable[[MicroBatch], Captured],
 ) -> tuple[Captured, MicroBatch, Plan]:
-    """The graph of a first micro-batch, the micro-batch, and the plan of it for a layout that is given. Collective."""
+    """Return the graph of a first micro-batch, that micro-batch, and its plan for a given mesh. Collective."""
     if not config.shard_batch and mesh.data_parallel > 1:
         # replicas may begin with different shapes: rank 0's are planned
         check_device(microbatch, context.device)
@@ -83,7 +83,7 @@ def make_plan(
     mesh: ProcessMesh,
     num_microbatches: int,
 ) -> Plan:
-    """The plan of a captured training graph: the user's, or one measured and cut on rank 0 and sent to all. Collective."""
+    """The plan of a captured training graph: the user's, or one made on rank 0 and sent to all. Collective."""
     num_stages = mesh.num_stages
     if config.plan is not None:
         zero_stage = config.plan.zero_stage if config.zero_stage == "auto" else config.zero_stage
@@ -124,19 +124,19 @@ def make_plan(
 
 
 def optimizer_states(config: PipelineConfig) -> str | float:
-    """What a run keeps beside parameters and gradients, as the planner counts it."""
+    """The optimizer states that a run keeps, as the planner counts them."""
     return MASTER_STATES if config.precision == "bf16-params" else "adam"
 
 
 def zero_stages(config: PipelineConfig, data_parallel: int) -> tuple[int, ...]:
-    """The ZeRO stages that a run may take, the one that costs nothing first."""
+    """The ZeRO stages that a run may take, the cheapest first."""
     if config.zero_stage != "auto":
         return (config.zero_stage,)
     return (0, 1) if data_parallel > 1 and config.optimizer is not None else (0,)
 
 
 def _without_recompute(cut: Callable[[int], Plan], zero_stages: Sequence[int]) -> Plan:
-    """The plan under the first ZeRO stage that fits into memory as it is; where none does, the fastest that fits with recompute."""
+    """The plan under the first ZeRO stage that fits without recompute; if none does, the fastest that fits with it."""
     found: list[Plan] = []
     failure: PartitionError | None = None
     for zero_stage in zero_stages:
@@ -153,9 +153,9 @@ def _without_recompute(cut: Callable[[int], Plan], zero_stages: Sequence[int]) -
 
 
 def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, config: PipelineConfig) -> Profile:
-    """The profile of a captured graph as rank 0 measures it, on the tensors of a micro-batch, under the run's precision. Collective.
+    """Profile a captured graph on the tensors of a micro-batch, under the run's precision, on rank 0. Collective.
 
-    On a CPU the ranks share caches and memory: all measure at once, so that rank 0 finds the machine as busy as it is in training.
+    On a CPU the ranks share caches and memory: all measure at once, so that the machine is as busy as in training.
     """
     together = context.device.type == "cpu"
 
@@ -191,7 +191,7 @@ def memory_limit(config: PipelineConfig, context: Context) -> int | None:
 
 
 def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:
-    """Raises on every rank where the ranks differ in graph, plan, or versions: an error instead of a hang."""
+    """Raise on every rank if the ranks differ in graph, plan, or versions: an error instead of a hang."""
     context.require_equal(
         f"torch {torch.__version__}, Python {platform.python_version()}",
         "versions",

@@ -17,6 +17,7 @@ from autopipe.engine.state.optimizer import ShardedOptimizer
 from autopipe.engine.state.parameters import StageParameters
 from autopipe.engine.step.batch_shard import BatchShard, shard_batch_of
 from autopipe.engine.step.microbatch import Batch, MicroBatch, check_device, split
+from autopipe.engine.step.outputs import gather_outputs
 from autopipe.engine.step.program_cache import ProgramCache
 from autopipe.engine.step.runner import Runner
 from autopipe.engine.transport.peers import Peers
@@ -88,6 +89,28 @@ class Prepared:
         self.peers.context.watcher.enter("weighing the micro-batches")
         most = self.launch.num_microbatches
         return shard_batch_of(microbatches, self.config, self.peers, most=most, weighted=weighted)
+
+    def evaluate(self, batch: Batch, number: int) -> tuple[Tensor, float]:
+        """The mean loss of a batch, and the batch's weight. Collective.
+
+        Args:
+            number: of the training step that comes next.
+        """
+        shard = self.shard(self.split(batch))
+        step, _ = self.runner.run("eval", False, shard, number)
+        return self.runner.share_loss(step), shard.total
+
+    def predict(self, batch: Batch, number: int) -> Any:
+        """The model's output for a batch, on the ranks that `predict_on` names; None elsewhere. Collective."""
+        context, mesh = self.peers.context, self.peers.mesh
+        microbatches = self.split(batch)
+        shard = self.shard(microbatches, weighted=False)
+        step, runs = self.runner.run("predict", False, shard, number)
+        with context.watcher.waiting("sharing the output"):
+            outputs = gather_outputs(runs, shard.microbatches, mesh, everywhere=self.config.predict_on == "all")
+        if outputs is None:
+            return None
+        return self.runner.predicted(step, microbatches).unflatten([o.to(context.device) for o in outputs])
 
     def collect(self, client_state: Any) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """The tensors that this rank saves in a checkpoint, by key, and all else of the run. Collective."""

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the state is copied, a thread on a process group of its own writes the copy."""
+"""Checkpoints written during training: the state is copied, and a thread with its own process group writes the copy."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Saver:
         keep: int | None,
         asynchronous: bool,
     ) -> Path:
-        """Writes a checkpoint, or starts to. The tensors are copied before this returns. Collective.
+        """Write a checkpoint, or start to. The tensors are copied before this returns. Collective.
 
         Raises:
-            CheckpointError: it could not be written. Of one that is written beside training, `check` and `wait` tell.
+            CheckpointError: it could not be written. `check` and `wait` raise it for an asynchronous one.
         """
         if not 0 <= step < 10**18:
             raise ConfigError(
@@ -75,7 +75,7 @@ class Saver:
         return checkpoint.published(Path(directory), step)
 
     def check(self) -> None:
-        """Raises on every rank where the checkpoint that is being written has failed on any; costs nothing where none is. Collective."""
+        """Raise on every rank if the checkpoint being written has failed on any. Free if none is. Collective."""
         if self._thread is None:
             return
         running, failed = self._thread.is_alive(), self._failure is not None
@@ -87,10 +87,10 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the checkpoint that is being written is there. Collective.
+        """Wait for the checkpoint that is being written. Collective.
 
         Raises:
-            CheckpointError: it could not be written, on any rank; the one before stands.
+            CheckpointError: it could not be written, on any rank; the one before it is kept.
         """
         if self._thread is None:
             return
@@ -99,7 +99,7 @@ class Saver:
         self._context.agree(lambda: _raise(failure))
 
     def _at_exit(self) -> None:
-        """A program that ends without `close` waits too; one that an exception ends does not wait for ranks that may hang."""
+        """Wait in a program that ends without `close`, but not after an exception, for ranks that may hang."""
         if self._thread is not None:
             self._thread.join(_AFTER_AN_EXCEPTION_S if hasattr(sys, "last_value") else None)
 

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, by the model's own names, and how any layout of stages and replicas takes it out again."""
+"""The parts of a run that a checkpoint holds, by the model's own names, for any layout of stages and replicas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def collect(
     seed: int,
     client_state: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that this rank saves, by key, and all else of the run. Collective."""
+    """Return the tensors that this rank saves, by key, and the rest of the run as plain values. Collective."""
     tensors: dict[str, Tensor] = {
         MODEL + n: optimizing.saved_value(n, t)
         for n, t in parameters.held()
@@ -56,7 +56,7 @@ def collect(
 
 
 def load(reader: Reader, parameters: StageParameters, optimizing: ShardedOptimizer) -> None:
-    """Takes this rank's share out of a checkpoint, whatever layout wrote it."""
+    """Load this rank's share of a checkpoint, whatever layout wrote it."""
     meta = reader.meta
     named = {n: reader.key_of(parameters.aliases(n)) for n, _ in parameters.held()}
     wanted: dict[str, Tensor] = {named[n]: optimizing.saved_value(n, t) for n, t in parameters.held()}

@@ -27,8 +27,8 @@ class GradientSync:
     def one_step(self) -> Iterator[None]:
         """Around the backwards of one training call.
 
-        The gradients of earlier calls are set aside, so that tied parameters are summed over their stages exactly once, and
-        added again at the end: two calls give exactly twice the gradient.
+        The gradients of earlier calls are set aside, so that tied parameters are summed over their stages exactly once,
+        and added again at the end: two calls give exactly twice the gradient.
         """
         earlier = self._parameters.set_aside()
         yield

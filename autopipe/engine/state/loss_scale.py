@@ -17,7 +17,7 @@ class LossScale:
     """Dynamic loss scaling with the constants of `torch.amp.GradScaler`.
 
     Attributes:
-        scale: losses are multiplied by it; 1 where there is no scaling.
+        scale: losses are multiplied by it; 1: no scaling.
         growth_interval: steps without overflow after which it doubles; an overflow halves it. 0: it never changes.
         good_steps: steps without overflow since it last changed.
     """
@@ -32,7 +32,7 @@ class LossScale:
         return cls(scale=2.0**16, growth_interval=2000) if precision == "fp16" else cls()
 
     def unscale(self, parameters: Sequence[nn.Parameter], transport: Transport) -> bool:
-        """Divides gradients by the scale; true where all gradients of all ranks are finite. Collective under fp16."""
+        """Divide gradients by the scale; return whether those of all ranks are finite. Collective under fp16."""
         if not self.growth_interval:
             return True
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -43,7 +43,7 @@ class LossScale:
         return not bool(overflow)
 
     def update(self, finite: bool) -> None:
-        """Halves the scale after an overflow, doubles it after long without one."""
+        """Halve the scale after an overflow; double it after a long time without one."""
         if not self.growth_interval:
             return
         self.good_steps = self.good_steps + 1 if finite else 0

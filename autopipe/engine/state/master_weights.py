@@ -1,7 +1,7 @@
-"""bf16 parameters with fp32 master copies: a model goes in, its matrices become bf16; the optimizer steps the copies, which are rounded back.
+"""bf16 parameters with fp32 master copies: the optimizer steps the copies, and the parameters are the copies, rounded.
 
-Gradients are accumulated and reduced in fp32. The method is that of mixed precision training (Micikevicius et al. 2018), without a
-loss scale, which bf16 does not need.
+Gradients are accumulated and reduced in fp32. The method is mixed precision training (Micikevicius et al. 2018),
+without a loss scale, which bf16 does not need.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _KEPT_WHOLE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-"""Layers whose parameters stay as they are, whatever their shape."""
+"""Layers whose parameters keep their dtype, whatever their shape."""
 
 Originals = dict[Tensor, Tensor]
 """The values before rounding, by parameter."""
 
 
 def lower(model: nn.Module) -> Originals:
-    """Rounds a model's fp32 parameters of two and more dimensions to bf16; `Parameter` objects stay the same.
+    """Round a model's fp32 parameters of two and more dimensions to bf16; `Parameter` objects stay the same.
 
     Vectors and the parameters of normalisation layers keep their dtype: they are few, and kernels want them in fp32.
     """
@@ -37,7 +37,7 @@ def lower(model: nn.Module) -> Originals:
 
 
 class MasterCopies:
-    """The fp32 copies of those bf16 parameters that this rank's optimizer steps.
+    """The fp32 copies of the bf16 parameters that this rank's optimizer steps.
 
     Attributes:
         of: the copy of each such parameter, by name.
@@ -47,7 +47,7 @@ class MasterCopies:
         self.of: dict[str, nn.Parameter] = {}
 
     def add(self, parameters: Mapping[str, nn.Parameter], originals: Originals) -> None:
-        """Makes copies, of the values before rounding where these are known."""
+        """Make copies, of the values before rounding if these are known."""
         for name, parameter in parameters.items():
             if parameter.dtype == torch.bfloat16 and name not in self.of:
                 value = originals.get(parameter)
@@ -55,12 +55,12 @@ class MasterCopies:
                 self.of[name] = nn.Parameter(exact.to(parameter.device, torch.float32, copy=True))
 
     def stepped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """What the optimizer steps in the place of each parameter."""
+        """The tensor that the optimizer steps for each parameter."""
         return {n: self.of.get(n, p) for n, p in parameters.items()}
 
     @contextmanager
     def stepping(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """The copies have the gradients of their parameters within; afterwards the parameters are the copies, rounded."""
+        """Lend the copies the gradients of their parameters; afterwards round the copies into the parameters."""
         for name, copy in self.of.items():
             copy.grad = parameters[name].grad
         yield
@@ -68,7 +68,7 @@ class MasterCopies:
 
     @torch.no_grad()
     def round_back(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Parameters become their copies, rounded."""
+        """Round the copies into the parameters."""
         for name, copy in self.of.items():
             copy.grad = None
             parameters[name].copy_(copy)

@@ -1,4 +1,4 @@
-"""From the gradients of a step to new parameters: unscale, clip, step the optimizer (each replica its shard under ZeRO-1), step the scheduler."""
+"""The optimizer's step: unscale, clip, step (under ZeRO-1 each replica its shard), and step the scheduler."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ShardedOptimizer:
     """The optimizer of this rank, over the parameters of its stages that it owns.
 
     Attributes:
-        optimizer, lr_scheduler: made by the user's callables; None where none was given, or where nothing here is trained.
-        owner: for each parameter of this rank that has been trainable, the replica whose optimizer steps it; -1: every replica's.
-        masters: the fp32 copies that are stepped in the place of bf16 parameters, where the precision says so.
+        optimizer, lr_scheduler: made by the user's callables; None if none was given, or if nothing here is trained.
+        owner: replica that steps each parameter that has been trainable; -1: all of them.
+        masters: the fp32 copies that are stepped in the place of bf16 parameters, if the precision says so.
         grad_norm: the norm over all stages before clipping, in the last step.
         skipped: steps that were skipped because of an overflow.
         accumulated: batches whose gradients wait for a step.
@@ -63,7 +63,7 @@ class ShardedOptimizer:
         return {n: p for n, p in named if n in self.owner and self._replicas.owns(self.owner[n])}
 
     def _make(self, originals: Originals) -> None:
-        """Makes optimizer and scheduler over all that is trainable now."""
+        """Make optimizer and scheduler over all that is trainable now."""
         trainable = self._parameters.trainable()
         self.owner |= self._replicas.shard({n: p for n, p in trainable.items() if n not in self.owner})
         mine = self.mine()
@@ -76,7 +76,7 @@ class ShardedOptimizer:
             self.lr_scheduler = _checked(self._config.lr_scheduler(self.optimizer))
 
     def _follow_thawed(self) -> None:
-        """Parameters that have become trainable join the optimizer, which is made anew with the state that it had."""
+        """Add parameters that have become trainable: the optimizer is made again, with the state that it had."""
         if self._parameters.trainable().keys() <= self.owner.keys():
             return
         before = self.state_by_name()
@@ -87,18 +87,18 @@ class ShardedOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Clears the gradients of this rank, where there is an optimizer and none of them waits for a step."""
+        """Clear the gradients of this rank, if there is an optimizer and none of them waits for a step."""
         if self._config.optimizer is not None and not self.accumulated:
             for _, parameter in self._parameters.named_parameters():
                 parameter.grad = None
 
     @property
     def loss_factor(self) -> float:
-        """What a loss is multiplied by before its backward: the loss scale, over the batches of a step."""
+        """Factor of a loss before its backward: the loss scale, divided by the batches of a step."""
         return self.scale.scale / self._config.accumulate_batches
 
     def step(self) -> None:
-        """One step of the optimizer and the scheduler, once gradients of enough batches are there. Collective."""
+        """Step the optimizer and the scheduler, once gradients of enough batches are there. Collective."""
         self._follow_thawed()
         self.accumulated = (self.accumulated + 1) % self._config.accumulate_batches
         if self.accumulated:
@@ -120,7 +120,7 @@ class ShardedOptimizer:
             self.lr_scheduler.step()
 
     def require_stepped(self, what: str) -> None:
-        """Raises where gradients wait for a step: they are no part of a checkpoint."""
+        """Raise if gradients wait for a step: a checkpoint does not hold them."""
         if self.accumulated:
             raise EngineError(
                 f"{what} with the gradients of {self.accumulated} of {self._config.accumulate_batches} batches",
@@ -132,7 +132,7 @@ class ShardedOptimizer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def saved_value(self, name: str, tensor: Tensor) -> Tensor:
-        """What is saved of a parameter or buffer: its master copy where this rank has one."""
+        """The value that is saved for a parameter or buffer: its master copy if this rank has one."""
         return self.masters.of.get(name, tensor).detach()
 
     def saving_replica(self, name: str, tensor: Tensor) -> int:
@@ -169,7 +169,7 @@ class ShardedOptimizer:
 
 
 def _made(make: Callable[[Any], Optimizer], parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    """Calls the user's callable; one whose first argument is called `named_parameters` gets names too."""
+    """Call the user's callable; one whose first argument is called `named_parameters` gets names too."""
     first = next(iter(inspect.signature(make).parameters), "")
     optimizer = make(list(parameters.items()) if first == "named_parameters" else list(parameters.values()))
     if isinstance(optimizer, Optimizer):

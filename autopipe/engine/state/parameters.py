@@ -1,4 +1,4 @@
-"""This rank's parameters: its stage's share under the model's names, ties that other stages hold too, and the whole model's state."""
+"""This rank's parameters under the model's names, ties with other stages, and the whole model's state."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class StageParameters:
     """The parameters and buffers that this rank holds, and the process groups of tied ones. Made on all ranks together.
 
     Args:
-        model: the user's model, in which what this rank holds has its values (`placing.place`); its own `Parameter` objects are
-            trained.
+        model: the user's model, whose own `Parameter` objects are trained; those of this rank have their values
+            (`place_parameters.place`).
         names: every name of a parameter or buffer to its first name.
         owned: the stages that hold each parameter and buffer, by first name.
     """
@@ -38,7 +38,7 @@ class StageParameters:
         )
         self._persistent = list(model.state_dict(keep_vars=True))
         self._in_state = {names[n] for n in self._persistent if n in names}
-        # In the model's order: replicas sum gradients one after another, and an optimizer sees what it sees of the plain model.
+        # In the model's order, so that all replicas sum gradients in one order, and optimizers see the plain model's.
         self._mine: dict[str, Tensor] = {
             n: t for n, t in everything.items() if set(owned.get(n, ())) & set(self._mesh.stages)
         }
@@ -53,7 +53,7 @@ class StageParameters:
         self._tie_process_groups = [self._process_group(stages) for stages in self.tie_groups]
 
     def _process_group(self, stages: Sequence[int]) -> Any:
-        """The process group of the ranks of this replica that run these stages; None if that is one rank. Collective."""
+        """The process group of this replica's ranks that run these stages; None if that is one rank. Collective."""
         own = None
         for replica in range(self._mesh.data_parallel):
             ranks = sorted({self._mesh.rank_of(s, replica) for s in stages})
@@ -70,7 +70,7 @@ class StageParameters:
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def of_stage(self, stage: int, *, tied: bool) -> list[nn.Parameter]:
-        """The trainable parameters of one of this rank's stages that other stages read too, or those that none does."""
+        """The trainable parameters of one of this rank's stages: those that other stages read too, or the rest."""
         shared = {n for names in self._tied for n in names}
         return [p for n, p in self.trainable().items() if stage in self._owned[n] and (n in shared) == tied]
 
@@ -80,7 +80,7 @@ class StageParameters:
         return [p for n, p in self.trainable().items() if n in shared]
 
     def held(self) -> list[tuple[str, Tensor]]:
-        """What this rank holds of the model's state dict, by first name."""
+        """This rank's entries of the model's state dict, by first name."""
         return [(n, t) for n, t in self._mine.items() if n in self._in_state]
 
     def state_names(self) -> dict[str, str]:
@@ -96,26 +96,26 @@ class StageParameters:
         return [t for t in self._mine.values() if not isinstance(t, nn.Parameter)]
 
     def is_first_holder(self, name: str) -> bool:
-        """Whether this rank holds a parameter for the first of its stages: it counts and saves it."""
+        """Return whether this rank holds a parameter for the first of its stages, and so counts and saves it."""
         return self._mesh.is_mine(self._owned[name][0])
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def set_aside(self) -> dict[str, Tensor]:
-        """Takes away the gradients of earlier calls, so that this call's are reduced alone."""
+        """Take away the gradients of earlier calls, so that only this call's are reduced."""
         earlier = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
         for _, parameter in self.named_parameters():
             parameter.grad = None
         return earlier
 
     def put_back(self, earlier: Mapping[str, Tensor]) -> None:
-        """Adds the gradients of earlier calls: two calls without `zero_grad` give the sum of both."""
+        """Add the gradients of earlier calls: two calls without `zero_grad` give the sum of both."""
         for name, parameter in self.named_parameters():
             if name in earlier:
                 parameter.grad = earlier[name] if parameter.grad is None else earlier[name].add_(parameter.grad)
 
     def reduce_tied(self, group: int) -> None:
-        """Sums the gradients of one group of tied parameters over the stages that hold them."""
+        """Sum the gradients of one group of tied parameters over the stages that hold them."""
         for name in self._tied[group]:
             parameter = self._mine[name]
             if not parameter.requires_grad:
@@ -126,14 +126,14 @@ class StageParameters:
                 dist.all_reduce(parameter.grad, group=self._tie_process_groups[group])
 
     def norm(self) -> float:
-        """The norm of all gradients over all stages; a tied parameter counts once, on the first stage that holds it. Collective."""
+        """The norm of all gradients over all stages; a tied parameter counts once, on its first stage. Collective."""
         counted = [p.grad for n, p in self.named_parameters() if p.grad is not None and self.is_first_holder(n)]
         square = get_total_norm(counted).double().cpu() ** 2 if counted else torch.zeros((), dtype=torch.float64)
         self._transport.all_reduce(square)  # over all ranks; every replica contributes the same
         return float((square / self._mesh.data_parallel).sqrt())
 
     def clip(self, max_norm: float) -> float:
-        """Scales all gradients so that their norm over all stages is at most `max_norm`; returns the norm before. Collective."""
+        """Scale all gradients to a norm of at most `max_norm` over all stages; return the norm before. Collective."""
         norm = self.norm()
         mine = [p for _, p in self.named_parameters()]
         clip_grads_with_norm_(mine, max_norm, torch.tensor(norm, dtype=torch.float32, device=self._context.device))
@@ -145,7 +145,7 @@ class StageParameters:
         """The whole model's state on the CPU, under all of the model's names; the same on every rank. Collective.
 
         Args:
-            masters: the fp32 copies that this rank has, which stand for their parameters.
+            masters: the fp32 copies that this rank has, which are returned for their parameters.
         """
         mine = (self._mine if self._mesh.replica == 0 else {}) | dict(masters)
         first = {n: t.detach().to("cpu", copy=True) for n, t in mine.items() if self.is_first_holder(n)}
@@ -155,7 +155,7 @@ class StageParameters:
         return {name: merged[self._names[name]] for name in self._persistent if name in self._names}
 
     def load_state_dict(self, state: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
-        """Copies this rank's share out of a whole model's state, into parameters and their fp32 copies.
+        """Copy this rank's share of a whole model's state into parameters and their fp32 copies.
 
         Raises:
             EngineError: a name is missing or unknown, or a shape differs.

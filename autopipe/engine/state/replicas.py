@@ -1,4 +1,4 @@
-"""Data parallelism: a stage's gradients are summed over the replicas of the pipeline; ZeRO-1 shards the optimizer state over them."""
+"""Data parallelism: replicas sum their gradients, and under ZeRO-1 shard the optimizer state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class Replicas:
-    """What the ranks that hold the same stages say to each other. With one replica nothing is sent."""
+    """Communication between the ranks that hold the same stages. With one replica nothing is sent."""
 
     def __init__(self, mesh: ProcessMesh, zero_stage: int) -> None:
         self._mesh, self._zero_stage = mesh, zero_stage
@@ -24,13 +24,13 @@ class Replicas:
 
     @property
     def single(self) -> bool:
-        """There is only one replica."""
+        """Whether there is only one replica."""
         return self._mesh.data_parallel == 1
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def start_reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Starts summing the gradients of these parameters; they run beside the cool-down. Same calls in every replica."""
+        """Start summing the gradients of these parameters, during the cool-down. Same calls in every replica."""
         if self.single:
             return
         for bucket in _buckets(parameters):
@@ -39,7 +39,7 @@ class Replicas:
             self._pending.append((work, flat, [_gradient(p) for p in bucket]))
 
     def finish_reduce(self) -> None:
-        """Waits for the sums and puts them into `.grad`."""
+        """Wait for the sums and put them into `.grad`."""
         for work, flat, gradients in self._pending:
             work.wait()
             pieces = torch.split(flat, [g.numel() for g in gradients])
@@ -48,7 +48,7 @@ class Replicas:
         self._pending.clear()
 
     def used_anywhere(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """For each parameter, whether any replica has a gradient for it; those without stay None, as in plain PyTorch."""
+        """For each parameter, whether any replica has a gradient for it; the others stay None, as in plain PyTorch."""
         here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         if not self.single and len(here):
             dist.all_reduce(here, dist.ReduceOp.MAX, group=self._mesh.data_control)
@@ -57,13 +57,13 @@ class Replicas:
     # -- parameters and buffers ---------------------------------------------------------------------------------------
 
     def share_buffers(self, buffers: Sequence[Tensor]) -> None:
-        """Gives every replica the buffers of the first, as `DistributedDataParallel` does (batch norm statistics)."""
+        """Give every replica the buffers of the first, as `DistributedDataParallel` does (batch norm statistics)."""
         if not self.single:
             for buffer in buffers:
                 dist.broadcast(buffer, self._mesh.rank_of(self._mesh.pipeline_rank, 0), group=self._mesh.data_group)
 
     def shard(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-        """The replica whose optimizer owns each parameter: under ZeRO-1 the largest goes to the least loaded, otherwise all own all (-1)."""
+        """The replica that owns each parameter: under ZeRO-1 the least loaded takes the next largest; -1: all own all."""
         if self._zero_stage == 0 or self.single:
             return dict.fromkeys(parameters, -1)
         load = [0] * self._mesh.data_parallel
@@ -74,11 +74,11 @@ class Replicas:
         return owner
 
     def owns(self, owner: int) -> bool:
-        """Whether this rank's optimizer steps a parameter of this owner."""
+        """Return whether this rank's optimizer steps a parameter of this owner."""
         return owner in (-1, self._mesh.replica)
 
     def share_parameters(self, parameters: Mapping[str, nn.Parameter], owner: Mapping[str, int]) -> None:
-        """After a ZeRO-1 step: every parameter from the replica that stepped it."""
+        """After a ZeRO-1 step, take every parameter from the replica that stepped it."""
         if self.single or self._zero_stage == 0:
             return
         with torch.no_grad():
@@ -93,7 +93,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters with gradients of one dtype after one another, up to the size of a bucket."""
+    """Split parameters into buckets: in their order, with gradients of one dtype, up to the size of a bucket."""
     buckets: list[list[nn.Parameter]] = []
     size, last = 0, None
     for p in parameters:

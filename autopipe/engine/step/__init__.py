@@ -1,0 +1,1 @@
+"""One call, executed: micro-batches and actions become gradients, losses or outputs. Read `runner.py` first."""

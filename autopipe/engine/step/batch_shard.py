@@ -1,4 +1,4 @@
-"""The micro-batches of a call go in; this replica's share of them comes out, weighted so that the sum over replicas is the whole batch's mean."""
+"""This replica's share of a call, weighted so that the losses of all replicas add up to the whole batch's mean."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def shard_batch_of(
     most: int,
     weighted: bool = True,
 ) -> BatchShard:
-    """The share of this rank's replica. Collective where every replica has a batch of its own.
+    """Return the share of this rank's replica. Collective if every replica has a batch of its own.
 
     Args:
         microbatches: of the whole batch, or of the replica's own.
         most: micro-batches that a replica can have.
-        weighted: false where no loss is made, so that `loss_weight` has nothing to count.
+        weighted: false if no loss is made, so that `loss_weight` has nothing to count.
 
     Raises:
-        ConfigError: what `loss_weight` gives is no weight.
+        ConfigError: `loss_weight` returned something that is not a weight.
     """
     mesh = peers.mesh
     raw = raw_weights(microbatches, config.loss_weight if weighted else None)

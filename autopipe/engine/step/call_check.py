@@ -1,8 +1,8 @@
-"""What the ranks say to each other in every step beside tensors: that they make the same call, and what the loss is.
+"""Two checks of every step: that all ranks make the same call, and the sum of the loss.
 
-On a CPU both run beside the computes: the comparison is waited for before the first transfer, and a rank begins to sum the loss once
-its actions are over, or at its first backward where it has none to add. Where lanes join the ranks of the only replica, each compares
-with its neighbours alone, and otherwise all together.
+On a CPU both overlap with the computes. The comparison is waited for before the first transfer. A rank begins to sum
+the loss once its actions are over, or at its first backward if it has no loss to add. If shared memory joins the ranks
+of the only replica, each compares with its neighbours alone; otherwise all compare together.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NOTHING = -(2**62)
 def compare_calls(
     peers: Peers, kind: str, training: bool, given: Sequence[MicroBatch], *, shared: bool
 ) -> CallComparison | NeighbourComparison:
-    """Starts comparing a call with the other ranks: ranks that were given different calls or batches would wait for each other.
+    """Start comparing a call with the other ranks: with different calls or batches they would wait for each other.
 
     Args:
-        given: the micro-batches of all that this rank was given.
-        shared: all ranks were to be given the same; otherwise those of a replica were.
+        given: the micro-batches of the whole batch that this rank was given.
+        shared: all ranks have to be given the same batch; otherwise only those of a replica.
     """
     call = "train in evaluation mode" if kind == "train" and not training else kind
     neighbours = peers.transport.neighbours(peers.mesh.shape.ranks) if peers.mesh.data_parallel == 1 else None
@@ -63,14 +63,14 @@ def _different(rank: int, call: object, other: int, its: object) -> EngineError:
 
 @lru_cache(maxsize=64)
 def _said(described: _Described, signatures: tuple[str, ...]) -> Tensor:
-    """What is told of a call: the digest of it and of the signatures of all its micro-batches, and its description."""
+    """The message about a call: a digest of it and of the signatures of all its micro-batches, and its description."""
     digest = zlib.crc32("|".join([described[0], *signatures]).encode())
     said = digest.to_bytes(8, "little") + str(described).encode()[: _SAID_BYTES - 8]
     return torch.frombuffer(bytearray(said.ljust(_SAID_BYTES)), dtype=torch.uint8)
 
 
 class NeighbourComparison:
-    """The ranks that this one exchanges tensors with say what they call; where one differs, its neighbours tell all ranks."""
+    """Compare a call with the ranks that this one exchanges tensors with; if one differs, all ranks are told."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class NeighbourComparison:
         self._heard = {rank: transport.recv((rank, context.rank), _SAID) for rank in neighbours}
 
     def finish(self) -> None:
-        """Waits for the answers of the neighbours; the second time it does nothing.
+        """Wait for the answers of the neighbours; the second time do nothing.
 
         Raises:
             EngineError: one makes another call; every rank is told.
@@ -104,7 +104,7 @@ class NeighbourComparison:
 
 
 class CallComparison:
-    """Digests compared over all ranks.
+    """Compare the digest of a call over all ranks.
 
     Args:
         call, given, shared: as in `compare_calls`.
@@ -125,7 +125,7 @@ class CallComparison:
             self._work = dist.all_reduce(self._bounds, dist.ReduceOp.MAX, group=context.control, async_op=True)
 
     def finish(self) -> None:
-        """Waits for the answer of the others; the second time it does nothing.
+        """Wait for the answer of the others; the second time do nothing.
 
         Raises:
             EngineError: they make another call, on every rank.
@@ -144,7 +144,7 @@ class CallComparison:
 
 
 def _first_difference(told: Sequence[tuple[int, _Described]]) -> tuple[int, int]:
-    """The first rank that makes another call than rank 0, or was given other micro-batches than the first of its group; and that one."""
+    """The first rank whose call differs from rank 0's, or whose batch differs from its group's; and the other rank."""
     first_of: dict[int, int] = {}
     for rank, (group, call) in enumerate(told):
         first = first_of.setdefault(group, rank)
@@ -174,17 +174,17 @@ class LossSum:
         self._work: Any = None
 
     def open(self) -> None:
-        """From the first backward on the ranks are known to make the same call: one that has no loss to add begins."""
+        """Begin at the first backward if there is no loss to add: all ranks are known to make the same call by then."""
         if not self._due:
             self.start()
 
     def add(self, loss: Tensor, weight: float) -> None:
-        """The loss of a micro-batch, detached, and its share in the mean."""
+        """Add the detached loss of a micro-batch, with its share in the mean."""
         self._losses.append(loss)
         self._weights.append(weight)
 
     def start(self) -> None:
-        """Begins to sum; all losses are there. The second time it does nothing."""
+        """Begin to sum; all losses are there. The second time do nothing."""
         if self._early and self._work is None and self._context.control is not None:
             self._both = self._with_stop()
             self._work = dist.all_reduce(self._both, group=self._context.control, async_op=True)

@@ -1,4 +1,4 @@
-"""When each action of a step ran on this rank: host time on a CPU, device events on CUDA, both counted from the start of the step."""
+"""The times of a step's actions on this rank, from the start of the step: host time on a CPU, else device events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.schedule import Action
 
 RUN_AHEAD = 8
-"""Computes and waits that the host may have issued and the device has not come to, two micro-batches' worth."""
+"""Spans that the host may queue ahead of the device: two micro-batches' worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Span:
 class StepClock:
     """Collects the spans of one step. `started_ns` is on the host's monotonic clock, which the ranks of one host share.
 
-    `allocated_bytes` is the most memory beyond what was there at its start, 0 where that was not counted.
+    `allocated_bytes` is the most memory beyond what was there at its start; 0: not counted.
     """
 
     def __init__(self, device: torch.device, watcher: RankMonitor) -> None:
@@ -46,14 +46,16 @@ class StepClock:
         return event
 
     def hold(self) -> None:
-        """Keeps the host at most `RUN_AHEAD` spans ahead of the device, so that buffers grow with the stages and not with the
-        micro-batches: what the device still reads cannot be used again. It waits for what stands before it in the one order of
-        all ranks, and so for nothing that waits for it."""
+        """Keep the host at most `RUN_AHEAD` spans ahead of the device.
+
+        Memory that the device still reads cannot be used again: without a bound, buffers would grow with the number of
+        micro-batches. It waits for a span that comes earlier in the one order of all ranks, so it cannot deadlock.
+        """
         if self._on_cuda and len(self.marks) >= RUN_AHEAD:
             self.marks[-RUN_AHEAD][3].synchronize()
 
     def span(self, action: Action, *, waiting: bool = False) -> _Timed:
-        """Times what runs inside, and lets the watcher know of it."""
+        """Time what runs inside, and tell the monitor of it."""
         return _Timed(self, action, waiting)
 
     def spans(self) -> list[Span]:

@@ -1,4 +1,4 @@
-"""A batch goes in, micro-batches come out: tensors whose first dimension is the batch's are split, all else goes to each whole."""
+"""Batches and their micro-batches: tensors whose first dimension is the batch's are split, all else goes to each."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def _size(leaves: Sequence[Any]) -> int:
 
 
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, num_microbatches: int) -> list[MicroBatch]:
-    """Splits a batch into micro-batches of nearly equal size, at most one for each sample.
+    """Split a batch into micro-batches of nearly equal size, at most one for each sample.
 
-    Every tensor whose first dimension equals the batch size is split along it; other tensors and values go to every micro-batch.
+    Every tensor whose first dimension equals the batch size is split along it; all else goes to every micro-batch.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs), target))
     size = _size(leaves)
@@ -176,7 +176,7 @@ def normalised(raw: list[float], total: float) -> list[float]:
 
 
 def check_device(microbatch: MicroBatch, device: torch.device) -> None:
-    """Raises a ConfigError where a tensor of the batch lies on another kind of device than the engine."""
+    """Raise a ConfigError if a tensor of the batch lies on another kind of device than the engine."""
     if all(not isinstance(leaf, Tensor) or leaf.device.type == device.type for leaf in microbatch.leaves):
         return
     given = (("args", microbatch.args), ("kwargs", microbatch.kwargs), ("target", microbatch.target))
@@ -187,5 +187,6 @@ def check_device(microbatch: MicroBatch, device: torch.device) -> None:
                     f"a batch on device {leaf.device}",
                     expected=f"device {device}",
                     where=f"{name} of the batch",
-                    remedy=f"move it with .to({str(device)!r}) before the call, or pass device={str(leaf.device)!r} to pipeline()",
+                    remedy=f"move it with .to({str(device)!r}) before the call, "
+                    f"or pass device={str(leaf.device)!r} to pipeline()",
                 )

@@ -1,4 +1,4 @@
-"""The outputs of a prediction: micro-batches and replicas put together on the last stage, and sent to all ranks where they want them."""
+"""The outputs of a prediction, put together on the last stage and sent to all ranks that want them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gather_outputs(
     """The graph's outputs over the whole batch, on the CPU. Collective.
 
     Args:
-        everywhere: on all ranks; otherwise on those of the last stage alone, and None on the others.
+        everywhere: return them on all ranks; otherwise on those of the last stage, and None elsewhere.
 
     Raises:
         EngineError: an output cannot be put together; on every rank.
@@ -65,7 +65,7 @@ def _of_all_replicas(mine: Parts, mesh: ProcessMesh) -> Parts:
 def _share(
     outputs: list[Tensor] | None, error: AutopipeError | None, mesh: ProcessMesh, everywhere: bool
 ) -> tuple[list[Tensor] | None, AutopipeError | None]:
-    """From the last stage to the other ranks of its replica: the error if there is one, and the outputs where they are wanted."""
+    """Send the error, if there is one, and the outputs, if wanted, from the last stage to the replica's other ranks."""
     group, source = mesh.pipeline_control, mesh.rank_of(mesh.num_stages - 1)
     header: list[Any] = [error, None if outputs is None else [(o.shape, o.dtype) for o in outputs]]
     dist.broadcast_object_list(header, source, group=group)
@@ -82,7 +82,7 @@ def _share(
 
 
 def _merge(parts: list[Tensor], sizes: list[int]) -> Tensor:
-    """One output over the micro-batches."""
+    """Put one output of all micro-batches together."""
     if all(p.dim() > 0 and p.shape[0] == n for p, n in zip(parts, sizes, strict=True)):
         return torch.cat(parts)
     if all(p.shape == parts[0].shape and torch.equal(p, parts[0]) for p in parts[1:]):

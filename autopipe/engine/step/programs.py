@@ -1,4 +1,4 @@
-"""What the ranks run for a kind of call and a signature: the captured graph, its cut, and this rank's stage module."""
+"""Programs: for a kind of call and a signature, the captured graph, its cut, and this rank's stage modules."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The messages of one stage, by the stage at the other end: activations that come and go, and gradients that come and go.
+    """The messages of one stage, by the stage at the other end: activations and gradients, received and sent.
 
     `reads_batch`: it also takes tensors of the caller's micro-batch.
     """
@@ -99,7 +99,7 @@ def capture_program(
     check: bool,
     modes: Callable[[], Any],
 ) -> Captured:
-    """Captures the model for one kind of call.
+    """Capture the model for one kind of call.
 
     Args:
         modes: gives the context under which the stages will run (autocast).
@@ -131,7 +131,7 @@ def capture_program(
 
 
 def capture_output(model: nn.Module, microbatch: MicroBatch, *, check: bool, modes: Callable[[], Any]) -> Captured:
-    """Captures what is to be planned where there is no target: up to the loss that the model returns, otherwise up to its output."""
+    """Capture what is planned if there is no target: up to the loss that the model returns, or up to its output."""
     with modes(), _without_gradients(model):
         captured = capture(model, microbatch.args, microbatch.kwargs, check=check)
     return captured if captured.loss is None else captured.loss_only()
@@ -139,7 +139,7 @@ def capture_output(model: nn.Module, microbatch: MicroBatch, *, check: bool, mod
 
 @contextlib.contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Fake copies of parameters take no part of their gradients, which may have another dtype; put back afterwards."""
+    """Take gradients away for a while: they may have another dtype than their parameters' fake copies."""
     before = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in before:
         parameter.grad = None
@@ -160,10 +160,10 @@ def make_program(
     compiled: bool,
     recompute: Regions = (),
 ) -> Program:
-    """Cuts a captured graph and builds this rank's modules, with what the regions `recompute` name of it computed again.
+    """Cut a captured graph and build this rank's modules; the regions `recompute` are computed again in the backward.
 
     Args:
-        kind: of the calls that run it; the messages of a training step come again in the next.
+        kind: kind of the calls that run it; the messages of a training step recur in the next.
     """
     specs = tuple(with_recompute(spec, recompute) for spec in cut(captured, stage_of, mesh.num_stages))
     loss_stage = None
@@ -205,7 +205,7 @@ def _route(specs: tuple[StageSpec, ...], stage: int, mesh: ProcessMesh, *, repea
 
 
 def _with_gradient(inputs: Mapping[int, list[StageInput]]) -> dict[int, list[StageInput]]:
-    """Gradients come back in the order of their activations, where any do."""
+    """The inputs whose gradients come back, in the order of their activations."""
     differentiable = {peer: [i for i in tensors if i.gradient] for peer, tensors in inputs.items()}
     return {peer: tensors for peer, tensors in differentiable.items() if tensors}
 
@@ -228,7 +228,7 @@ def mode_of(model: nn.Module, training: bool, flags: Mapping[nn.Module, bool]) -
 
 
 def set_mode(module: nn.Module, training: bool, flags: Mapping[nn.Module, bool]) -> None:
-    """Training mode is what the user's flags say (a frozen batch norm stays in evaluation); evaluation mode is off for all."""
+    """Set training mode as the user's flags say (a frozen batch norm stays in evaluation), or evaluation for all."""
     for part in module.modules():
         wanted = training and flags.get(part, True)
         if part.training is not wanted:  # setting an attribute of a module costs more than reading it

@@ -1,20 +1,20 @@
 """A stage's backward in two parts: first the gradients that the stage before waits for, later those of the parameters.
 
-The autograd graph of a stage is walked from its outputs. A node lies on the *path* when an input of the stage is reached from it.
-Where a node of the path also leads off it, to parameters, it is a *junction*:
+The autograd graph of a stage is walked from its outputs. A node lies on the *path* if an input of the stage is reached
+from it. A node of the path that also leads off it, to parameters, is a *junction*:
 
     output ── gelu ── addmm ── layer_norm ── input        the path
                         │          │
                      weight, bias  weight, bias           beside it
 
-The first part runs the path alone and catches the gradient that arrives at each junction; autograd computes only what is asked for,
-so that an `addmm` there multiplies once and not twice. The second part computes from each junction what lies beside the path. The idea
-is that of zero-bubble schedules (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
+The first part runs the path alone and catches the gradient that arrives at each junction; autograd computes only what
+is asked for, so an `addmm` there multiplies once and not twice. The second part computes from each junction what lies
+beside the path. The idea is that of zero-bubble schedules (Qi et al. 2023, https://arxiv.org/abs/2401.10241).
 
-Some parameters get their gradients in the first part, since the second would count or compute something twice: those reached
-from several junctions (a weight that a stage uses twice), those of normalisations (their backward gives all gradients in one pass),
-those read by a Python `autograd.Function` that lies on the path (its backward would be called twice), and those in a checkpoint
-region (it would be computed again once more).
+Some parameters get their gradients in the first part, since the second would count or compute something twice: those
+reached from several junctions (a weight that a stage uses twice), those of normalisations (their backward gives all
+gradients in one pass), those read by a Python `autograd.Function` that lies on the path (its backward would be called
+twice), and those in a checkpoint region (it would be computed once more).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SHORT_PATH = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """How far the backward of a stage can be divided.
+    """Limits to dividing the backward of a stage.
 
     Attributes:
-        whole: not at all: a backward hook would be called in both parts.
+        whole: it cannot be divided: a backward hook would be called in both parts.
         with_inputs: parameters whose gradients belong to the first part.
     """
 
@@ -53,7 +53,7 @@ class Division:
 
 
 def division_of(module: StageModule) -> Division:
-    """Reads a stage for backward hooks and checkpoint regions."""
+    """Look for backward hooks and checkpoint regions in a stage."""
     regions = [m for m in module.modules() if isinstance(m, CheckpointRegion)]
     bodies = [module, *(region.body for region in regions)]
     parts = [m for body in bodies for m in body.modules()]
@@ -64,8 +64,14 @@ def division_of(module: StageModule) -> Division:
 
 @dataclass(frozen=True, slots=True)
 class _Junction:
-    """What the second part starts from: a node of the path, the gradients that have arrived at it, and what lies beside the path
-    from there on: edges, each with the place of its gradient among those that the node gives, and the parameters they lead to."""
+    """A start of the second part.
+
+    Attributes:
+        node: the node of the path.
+        gradients: those that have arrived at it.
+        beside: the edges off the path, each with the place of its gradient among those that the node returns.
+        parameters: those that these edges lead to.
+    """
 
     node: Any
     gradients: Sequence[Tensor | None]
@@ -74,8 +80,11 @@ class _Junction:
 
 
 def _start_at_each(junctions: deque[_Junction]) -> None:
-    """A backward from each junction. It first walks all that lies below, up to the stage's inputs: over a stage the time of that
-    grows with the square of its length."""
+    """Run a backward from each junction.
+
+    Each first walks all that lies below, up to the stage's inputs, so the time grows with the square of the stage's
+    length.
+    """
     while junctions:
         junction = junctions.popleft()
         arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
@@ -84,10 +93,10 @@ def _start_at_each(junctions: deque[_Junction]) -> None:
 
 
 def _call_each(junctions: deque[_Junction]) -> None:
-    """Calls each junction for its gradients beside the path, and runs a backward from there.
+    """Call each junction for its gradients beside the path, and run a backward from there.
 
-    A node that is called computes what the backward that it is called in asks for. This one catches gradients at the edges beside
-    the path, and executes nothing but what a leaf was copied by, whose hook makes the calls.
+    A node that is called computes what the backward around the call asks for. The backward here asks for the gradients
+    at the edges beside the path, and executes only the copy of a leaf, whose hook makes the calls.
     """
 
     def call(_: Sequence[Tensor]) -> None:
@@ -121,9 +130,9 @@ class WeightGradients:
 
     Args:
         roots, gradients: tensors to differentiate that do not depend on the stage's inputs, and theirs.
-        parameters: those that are reached from such roots alone; empty where that is not known.
+        parameters: those that are reached from such roots alone; empty if that is not known.
         junctions: from where all other parameters are reached.
-        from_junctions: adds the gradients of those, and takes the junctions away.
+        from_junctions: adds their gradients, and takes the junctions away.
     """
 
     def __init__(
@@ -138,7 +147,7 @@ class WeightGradients:
         self._junctions, self._from_junctions = deque(junctions), from_junctions
 
     def run(self) -> None:
-        """Adds the gradients to the parameters' `.grad`."""
+        """Add the gradients to the parameters' `.grad`."""
         if self._roots:
             torch.autograd.backward(self._roots, self._gradients, inputs=self._parameters or None)
         self._roots = self._gradients = self._parameters = ()
@@ -148,7 +157,7 @@ class WeightGradients:
 def input_gradients(
     roots: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor], division: Division
 ) -> WeightGradients:
-    """The first part: adds the gradients of `inputs` to their `.grad`, and gives what is left to do.
+    """Run the first part: add the gradients of `inputs` to their `.grad`, and return what is left to do.
 
     Args:
         roots, gradients: as for `torch.autograd.backward`.
@@ -229,7 +238,7 @@ def _above(leaves: Sequence[Any], parents: dict[Any, list[Any]]) -> set[Any]:
 
 
 def _owners(roots: Sequence[Any], nodes: Iterable[Any], path: set[Any]) -> dict[Any, Any]:
-    """For each node beside the path: the junction that leads to it, or that only roots do, or that it belongs to the first part."""
+    """The owner of each node beside the path: the junction that leads to it, the roots alone, or the first part."""
     owners: dict[Any, Any] = {}
     claims = [(node, _ROOTS) for node in roots if node not in path]
     for node in nodes:

@@ -1,4 +1,4 @@
-"""One stage during one step: what it keeps of each micro-batch between its forward and its backward."""
+"""Executes one stage during one step, and keeps what each micro-batch needs between its forward and its backward."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from autopipe.stages import MODEL_INPUT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What the stages of one rank share during a step.
+    """The state that the stages of one rank share during a step.
 
     Attributes:
-        programs: for each of this replica's micro-batches, what is run.
+        programs: the program of each of this replica's micro-batches.
         microbatches, weights: the micro-batches, and their shares in the mean loss of the whole batch.
         training: keep what the backward needs.
         with_target: the graphs take the target among their inputs.
-        mesh, transport: where stages run, and what moves tensors between them.
+        mesh, transport: which rank runs which stage, and what moves tensors between them.
         clock: times what runs.
-        random, seed, number, first_microbatch: what random operations follow from: the run's seed, the step's number, and the
+        random, seed, number, first_microbatch: random operations follow from the run's seed, the step's number, and the
             place of this replica's first micro-batch in the whole batch.
-        loss: takes each micro-batch's share of the loss; None where no loss is asked for.
+        loss: takes each micro-batch's share of the loss; None if no loss is asked for.
         loss_scale: losses are multiplied by it before the backward.
         local: tensors that go from one stage of this rank to another: (kind, from, to, micro-batch).
     """
@@ -57,13 +57,13 @@ class Step:
     local: dict[tuple[str, int, int, int], list[Tensor]] = field(default_factory=dict)
 
     def seed_for(self, m: int) -> None:
-        """From now on random operations are those of micro-batch m."""
+        """Seed the random operations that follow for micro-batch m."""
         self.random.set(self.seed, self.number, self.first_microbatch + m)
 
 
 @dataclass(slots=True)
 class _Saved:
-    """What a micro-batch leaves between forward and backward."""
+    """Tensors that a micro-batch keeps between forward and backward."""
 
     inputs: list[Tensor]
     outputs: Sequence[Tensor]
@@ -98,7 +98,7 @@ class StageRun:
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def receive(self, action: Action) -> None:
-        """Posts a receive; the compute that needs it joins it. Nothing is due where only other micro-batches use this edge."""
+        """Post a receive, which the compute that needs it joins. Nothing is due if only other micro-batches use it."""
         route = self._route(action.microbatch)
         due = (route.received if action.kind == "RECV_F" else route.gradients_received).get(action.peer)
         if due is not None and due.flow is not None:
@@ -107,7 +107,7 @@ class StageRun:
         self._drop_finished()
 
     def _arrived(self, kind: str, m: int, source: int, due: Message) -> list[Tensor] | None:
-        """The tensors of a receive, waited for; of a stage on this rank, what it has left; None where nothing was posted."""
+        """Wait for the tensors of a receive, or take those of a stage on this rank; None if nothing was posted."""
         if due.flow is None:
             return self.step.local.pop((kind, source, self.stage, m), None)
         posted = self._receiving.pop((kind, m, source), None)
@@ -118,7 +118,7 @@ class StageRun:
             return handle.join()
 
     def forward(self, action: Action) -> None:
-        """Runs the forward of a micro-batch."""
+        """Run the forward of a micro-batch."""
         m = action.microbatch
         program = self.step.programs[m]
         spec, route = program.specs[self.stage], program.routes[self.stage]
@@ -159,7 +159,7 @@ class StageRun:
                 self._outgoing[m, target] = tensors
 
     def send_forward(self, action: Action) -> None:
-        """Starts sending the activations that one later stage reads."""
+        """Start sending the activations that one later stage reads."""
         m = action.microbatch
         message = self._route(m).sent.get(action.peer)
         if message is None or message.flow is None:
@@ -172,7 +172,7 @@ class StageRun:
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def backward(self, action: Action) -> None:
-        """Runs the backward of a micro-batch; parameters accumulate their gradients."""
+        """Run the backward of a micro-batch; parameters accumulate their gradients."""
         roots, gradients, inputs = self._due_backward(action.microbatch)
         with self.step.clock.span(action):
             if roots:
@@ -180,7 +180,7 @@ class StageRun:
         self._keep_gradients(action.microbatch, inputs)
 
     def input_gradients(self, action: Action) -> None:
-        """Runs the part of the backward of a micro-batch that earlier stages wait for."""
+        """Run the part of the backward of a micro-batch that earlier stages wait for."""
         m = action.microbatch
         roots, gradients, inputs = self._due_backward(m)
         division = self.step.programs[m].divisions[self.stage]
@@ -189,13 +189,13 @@ class StageRun:
         self._keep_gradients(m, inputs)
 
     def weight_gradients(self, action: Action) -> None:
-        """Runs what is left of the backward of a micro-batch."""
+        """Run what is left of the backward of a micro-batch."""
         self.step.seed_for(action.microbatch)
         with self.step.clock.span(action):
             self._weights.pop(action.microbatch).run()
 
     def _due_backward(self, m: int) -> tuple[list[Tensor], list[Tensor], list[tuple[str, Tensor]]]:
-        """What is differentiated, the gradients that have arrived for it, and the inputs whose gradients it is to leave."""
+        """The tensors to differentiate, the gradients that arrived for them, and the inputs that get gradients."""
         assert self.step.loss is not None
         self.step.loss.open()
         saved, spec = self._saved.pop(m), self.step.programs[m].specs[self.stage]
@@ -217,14 +217,14 @@ class StageRun:
         return roots, gradients, inputs
 
     def _loss_gradient(self, loss: Tensor, value: float) -> Tensor:
-        """A scalar of the loss's kind; most micro-batches have the same."""
+        """The gradient of a loss, a constant; most micro-batches share one tensor."""
         key = value, loss.shape, loss.dtype
         if key not in self._loss_gradients:
             self._loss_gradients[key] = loss.new_full(loss.shape, value)
         return self._loss_gradients[key]
 
     def _join_gradients(self, m: int) -> tuple[dict[str, Tensor], set[int]]:
-        """The gradient of each output, summed over the stages that read it in their order; and the stages that sent any."""
+        """The gradient of each output, summed over the stages that read it, in order; and the stages that sent any."""
         sums, answered = dict[str, Tensor](), set[int]()
         for target, message in self._route(m).gradients_received.items():
             gradients = self._arrived("RECV_B", m, target, message)
@@ -244,7 +244,7 @@ class StageRun:
             self._input_gradients[m] = left
 
     def send_backward(self, action: Action) -> None:
-        """Starts sending the gradients of what came from one earlier stage."""
+        """Start sending the gradients of the activations of one earlier stage."""
         m = action.microbatch
         message = self._route(m).gradients_sent.get(action.peer)
         if message is None or message.flow is None:
@@ -261,7 +261,7 @@ class StageRun:
     # -- buffers ------------------------------------------------------------------------------------------------------
 
     def _drop_finished(self) -> None:
-        """Forgets sends that have arrived, so that buffers grow with the stages and not with the micro-batches."""
+        """Forget sends that have arrived, so that buffers grow with the stages and not with the micro-batches."""
         if self._gradients:
             self._gradients = [h for h in self._gradients if not h.done()]
         for m, sends in list(self._sending.items()):
@@ -270,7 +270,7 @@ class StageRun:
                 del self._sending[m]
 
     def _join_oldest(self) -> None:
-        """Waits for the oldest of too many sends: gloo tells that a send is over only to those who wait for it.
+        """Wait for the oldest of too many sends: gloo only tells that a send is over if one waits for it.
 
         The schedule was proved to be free of deadlock also if every send blocks until it is received.
         """
@@ -281,7 +281,7 @@ class StageRun:
                 handle.join()
 
     def finish(self) -> None:
-        """Joins what is still on its way."""
+        """Join all messages that are still on their way."""
         for handle in [*self._gradients, *(h for sends in self._sending.values() for _, h in sends)]:
             handle.join()
         self._gradients.clear()

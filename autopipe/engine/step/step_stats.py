@@ -1,4 +1,4 @@
-"""What training steps took on this rank, summed up for the report and merged over the ranks for the trace."""
+"""Times of training steps on this rank, summed up for the report and merged over the ranks for the trace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Measurements:
         self._paced_s = 0.0
 
     def add(self, step: Step, stages: Sequence[int]) -> None:
-        """Keeps a step; the first, which warms everything up, is left out."""
+        """Keep a step; the first, which warms everything up, is left out."""
         self._count += 1
         self._stages = stages
         self._allocated_bytes = max(self._allocated_bytes, step.clock.allocated_bytes)
@@ -52,7 +52,7 @@ class Measurements:
         return [_summary(s, steps, peak) for s in self._stages] if steps else []
 
     def paces(self, plan: Plan) -> list[Pace]:
-        """What a micro-batch takes on this rank's stages over the last steps, beside the plan; empty where that is not due.
+        """Time of a micro-batch on this rank's stages over the last steps, with the planned one; empty if not due.
 
         It is due every `PACE_EVERY_S` seconds, since on CUDA it waits for the device.
         """
@@ -103,8 +103,8 @@ def _times(spans: Sequence[Span], kinds: tuple[str, ...]) -> list[float]:
 def transfer_times_us(ranks: Sequence[tuple[int, list[Span]] | None]) -> dict[int, float]:
     """For each stage, how long it waited in the last step for messages that were already under way.
 
-    A wait before the sender has computed what it waits for is idle time; from then on it is the transfer's. The ranks of one host
-    share their clock, so that the two can be told apart.
+    A wait is idle time until the sender has computed the message, and transfer time from then on. The ranks of one host
+    share their clock, so the two can be told apart.
     """
     steps = [r for r in ranks if r is not None]
     made: dict[tuple[str, int, int], float] = {}
