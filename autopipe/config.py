@@ -13,7 +13,8 @@ from torch import Tensor
 from autopipe.capture.loss import LossFunction
 from autopipe.errors import ConfigError
 from autopipe.partition import Constraints
-from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
+from autopipe.plan import RECOMPUTE, Plan
+from autopipe.schedule.kinds import TRAINING
 
 Auto = Literal["auto"]
 PRECISIONS = ("fp32", "bf16", "bf16-params", "fp16")
@@ -97,8 +98,8 @@ class PipelineConfig:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise _wrong(name, value, "'auto' or a whole number of at least 1")
-        if self.schedule not in ("auto", *RUNNABLE):
-            raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(RUNNABLE)}")
+        if self.schedule not in ("auto", *TRAINING):
+            raise _wrong("schedule", self.schedule, f"'auto' or one of {', '.join(TRAINING)}")
         if not isinstance(self.accumulate_batches, int) or self.accumulate_batches < 1:
             raise _wrong("accumulate_batches", self.accumulate_batches, "a whole number of at least 1")
         if self.accumulate_batches > 1 and self.optimizer is None:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from autopipe.errors import PlanError
+from autopipe.schedule.kinds import DEFAULT, KINDS, TRAINING, dealt_over_ranks
 from profiler.records import LinkProfile, read_json
 
 MAX_NUMBER = 2**63
 """No time, size or count in a file is as large."""
 PLAN_SCHEMA = "autopipe.plan/1"
-SCHEDULES = ("1f1b", "gpipe")
-RUNNABLE = (*SCHEDULES, "eager-1f1b", "interleaved", "zb-h1")
-"""What a plan may be run under; the planner itself optimises for those of SCHEDULES."""
 RECOMPUTE = ("auto", "none", "full")
 """What is computed again in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
@@ -159,7 +157,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     transfers: tuple[Transfer, ...] = ()
     data_parallel: int = 1
-    schedule: str = "1f1b"
+    schedule: str = DEFAULT
     zero_stage: int = 0
     num_ranks: int = 0
     ties: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -329,14 +327,15 @@ def _validate(plan: Plan) -> None:
     for name in ("num_microbatches", "data_parallel", "microbatch_size"):
         if getattr(plan, name) < 1:
             raise _bad(f"{getattr(plan, name)}", "at least 1", name)
-    if plan.schedule not in RUNNABLE:
-        raise _bad(f"{plan.schedule!r}", f"one of {', '.join(RUNNABLE)}", "schedule")
+    if plan.schedule not in TRAINING:
+        raise _bad(f"{plan.schedule!r}", f"one of {', '.join(TRAINING)}", "schedule")
     if plan.num_ranks and (
-        plan.num_ranks > plan.num_stages or (plan.schedule != "interleaved" and plan.num_ranks != plan.num_stages)
+        plan.num_ranks > plan.num_stages
+        or (not KINDS[plan.schedule].several_stages_a_rank and plan.num_ranks != plan.num_stages)
     ):
         raise _bad(
             f"{plan.num_ranks} ranks for {plan.num_stages} stages",
-            "one for each stage, or fewer under `interleaved`",
+            f"one for each stage, or fewer under `{dealt_over_ranks()}`",
             "num_ranks",
         )
     size = (plan.num_ranks or plan.num_stages) * plan.data_parallel

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from autopipe.cli.options import SIMULATED_ONLY
 from autopipe.cli.whatif import changed
 from autopipe.errors import ConfigError
 from autopipe.plan import Plan
@@ -20,6 +19,7 @@ from autopipe.report import (
     read_trace,
     timeline_report,
 )
+from autopipe.schedule.kinds import PLANNED
 from autopipe.simulate import simulate
 from profiler.records import Profile
 
@@ -86,7 +86,7 @@ def simulate_command(options: argparse.Namespace) -> None:
 
     On a plan, the number of micro-batches, the schedule and the link are changed without planning again.
     """
-    only_played = options.schedule if options.schedule in SIMULATED_ONLY else None
+    only_played = None if options.schedule in PLANNED else options.schedule
     if only_played:
         options.schedule = None
     plan = _plan(options)

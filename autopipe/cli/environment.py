@@ -13,7 +13,15 @@ import torch.distributed as dist
 from autopipe.report.tables import Column, Document, Table, render
 
 PACKAGES = ("torch-autopipe", "torch", "numpy", "tabulate", "tqdm", "transformers", "safetensors")
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "AUTOPIPE_CACHE_DIR", "AUTOPIPE_HEARTBEAT_S", "AUTOPIPE_LOG")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "AUTOPIPE_CACHE_DIR",
+    "AUTOPIPE_COUNT_MEMORY",
+    "AUTOPIPE_HEARTBEAT_S",
+    "AUTOPIPE_SHARED_MEMORY",
+)
+"""Variables that change a run; a test compares them with those that the source reads."""
 
 
 def environment_report(format: str = "table") -> str:

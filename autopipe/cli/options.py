@@ -7,11 +7,13 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from autopipe.plan import RECOMPUTE, SCHEDULES
+from autopipe.plan import RECOMPUTE
 from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
+from autopipe.schedule.kinds import DEFAULT, KINDS, PLANNED, TRAINING, dealt_over_ranks
 
-SIMULATED_ONLY = ("eager-1f1b", "zb-h1")
+PLAYED = tuple(name for name in TRAINING if not KINDS[name].several_stages_a_rank)
+"""Schedules that `simulate` can play on any plan: they need one rank for each stage, as plans have."""
 """Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 CONVERSIONS = ("safetensors", "torch", "checkpoint")
@@ -63,7 +65,7 @@ def _add_commands(commands: Any) -> None:
             help="a profile, in place of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
         )
         _run(command, measured=True)
-        _planning(command, SCHEDULES if command is not simulate else (*SCHEDULES, *SIMULATED_ONLY))
+        _planning(command, PLANNED if command is not simulate else PLAYED)
     for command in (report, simulate):
         command.add_argument(
             "--plan", metavar="FILE", help="a plan, in place of a model; PLAN.json alone means the same"
@@ -167,14 +169,14 @@ def _verification(command: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="K",
         required=True,
-        help="stages, one gloo process of this machine for each",
+        help="stages, each on a gloo process of this machine",
     )
     add("--num-microbatches", type=_count, metavar="M", help="micro-batches of the batch (default: 2 for each stage)")
     add(
         "--schedule",
-        choices=(*SCHEDULES, *SIMULATED_ONLY),
-        default="1f1b",
-        help="order of forwards and backwards (default: 1f1b)",
+        choices=TRAINING,
+        default=DEFAULT,
+        help=f"order of forwards and backwards (default: {DEFAULT}); {dealt_over_ranks()} runs two stages on each process",
     )
     add(
         "--tolerance", type=_number, metavar="ERROR", help="relative error that counts as equal (default: 1e-5 in fp32)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from autopipe.errors import PlanError
 from autopipe.export.units import refuse_ties, units_of
 from autopipe.plan import Plan
+from autopipe.schedule.kinds import DEFAULT, KINDS
 
 
 def deepspeed_layers(plan: Plan) -> str:
@@ -20,12 +21,12 @@ def deepspeed_layers(plan: Plan) -> str:
     refuse_ties(
         plan, "deepspeed", "a plan does not name the layer that reads it again, which a TiedLayerSpec would have to"
     )
-    if plan.schedule != "1f1b":
+    if not KINDS[plan.schedule].deepspeed:
         raise PlanError(
             f"schedule {plan.schedule!r}",
-            expected="1f1b, the schedule of DeepSpeed's pipeline engine",
+            expected=f"{DEFAULT}, the schedule of DeepSpeed's pipeline engine",
             where="export",
-            remedy="plan with --schedule 1f1b",
+            remedy=f"plan with --schedule {DEFAULT}",
         )
     units = units_of(plan, "deepspeed")
     rows = "\n".join(f'    "{unit.name}",  # stage {unit.stage}' for unit in units)

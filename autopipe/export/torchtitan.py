@@ -10,8 +10,7 @@ import json
 from autopipe.errors import PlanError
 from autopipe.export.units import refuse_ties, units_of
 from autopipe.plan import Plan
-
-SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
+from autopipe.schedule.kinds import DEFAULT, KINDS
 
 
 def torchtitan_modules(plan: Plan) -> str:
@@ -24,12 +23,13 @@ def torchtitan_modules(plan: Plan) -> str:
         PlanError: torchtitan cannot express the plan.
     """
     refuse_ties(plan, "torchtitan", "torchtitan moves whole modules, and its stages train a shared parameter apart")
-    if plan.schedule not in SCHEDULES:
+    schedule = KINDS[plan.schedule].torchtitan
+    if schedule is None:
         raise PlanError(
             f"schedule {plan.schedule!r}",
-            expected=f"one that torchtitan has: {', '.join(SCHEDULES)}",
+            expected=f"one that torchtitan has: {', '.join(k.name for k in KINDS.values() if k.torchtitan)}",
             where="export",
-            remedy="plan with --schedule 1f1b",
+            remedy=f"plan with --schedule {DEFAULT}",
         )
     stages: list[list[str]] = [[] for _ in plan.stages]
     roots = {name for stage in plan.stages for name in stage.params if "." not in name}
@@ -48,7 +48,7 @@ def torchtitan_modules(plan: Plan) -> str:
         "# modules that have parameters; add the names of parameterless modules that the forward calls\n"
         "[parallelism]\n"
         f"pipeline_parallel_degree = {plan.num_ranks or plan.num_stages}\n"
-        f'pipeline_parallel_schedule = "{SCHEDULES[plan.schedule]}"\n'
+        f'pipeline_parallel_schedule = "{schedule}"\n'
         f"pipeline_parallel_microbatch_size = {plan.microbatch_size}\n"
         f"module_fqns_per_model_part = [\n{rows}\n]\n"
     )

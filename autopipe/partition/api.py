@@ -11,8 +11,8 @@ from autopipe.partition import arguments, planner
 from autopipe.partition.cluster.device_layouts import check_kinds
 from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.partition.constraints import Constraints
-from autopipe.plan import RECOMPUTE, RUNNABLE, Plan
-from autopipe.simulate.reschedule import WORTH_TRYING
+from autopipe.plan import RECOMPUTE, Plan
+from autopipe.schedule.kinds import DEFAULT, TRAINING, TRIED
 from profiler.records import LinkProfile, Profile
 from profiler.sizes import check_sizes
 
@@ -97,7 +97,7 @@ def partition(
             optimizer=optimizer,
             zero_stage=0 if zero_stage is None else zero_stage,
             data_parallel=1 if data_parallel is None else data_parallel,
-            schedule="1f1b" if schedule is None else schedule,
+            schedule=DEFAULT if schedule is None else schedule,
             objective=objective,
             recompute=recompute,
             split_points=split_points,
@@ -119,12 +119,12 @@ def partition(
     if batch is None:
         batch = profiles[0].microbatch_size * MICROBATCHES_PER_DEVICE * len(devices.devices)
     if schedule is not None:
-        arguments.checked_choice(schedule, RUNNABLE, "schedule")
+        arguments.checked_choice(schedule, TRAINING, "schedule")
     counts = {"num_stages": num_stages, "num_microbatches": num_microbatches, "data_parallel": data_parallel}
     wanted = SearchSpace(
         global_batch=arguments.checked_count(batch, "global_batch"),
         zero_stage=zero_stage,
-        schedules=WORTH_TRYING if schedule is None else (schedule,),
+        schedules=TRIED if schedule is None else (schedule,),
         optimizer=optimizer,
         recompute=arguments.checked_choice(recompute, RECOMPUTE, "recompute"),
         constraints=constraints or Constraints(),

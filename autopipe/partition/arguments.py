@@ -13,7 +13,7 @@ from autopipe.cost import DEFAULT_LINK, CostGraph, IntArray
 from autopipe.errors import PartitionError
 from autopipe.partition.constraints import nodes_of
 from autopipe.partition.memory.model import OPTIMIZER_STATES, MemoryModel
-from autopipe.plan import SCHEDULES
+from autopipe.schedule.kinds import PLANNED
 from profiler.records import LinkProfile, Profile
 
 OBJECTIVES = ("step", "bottleneck")
@@ -103,7 +103,7 @@ def checked_memory(
     checked_limit(memory_limit)
     return MemoryModel(
         num_microbatches=num_microbatches,
-        schedule=checked_choice(schedule, SCHEDULES, "schedule"),
+        schedule=checked_choice(schedule, PLANNED, "schedule"),
         states=states,
         shards=data_parallel if zero_stage else 1,
         limit_bytes=math.inf if memory_limit is None else float(memory_limit),

@@ -27,6 +27,7 @@ from autopipe.partition.search.least_load import least_load, reduce_problem
 from autopipe.partition.search.shortest_step import StepTimeCache, shortest_step
 from autopipe.partition.timing import simulated_step_us
 from autopipe.plan import RECOMPUTE, Plan
+from autopipe.schedule.kinds import DEFAULT
 from profiler.records import LinkProfile, Profile
 
 PROOF_TOLERANCE = 1e-4
@@ -48,7 +49,7 @@ def partition(
     optimizer: str | float = "adam",
     zero_stage: int = 0,
     data_parallel: int = 1,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT,
     objective: str = "step",
     recompute: str = "auto",
     split_points: Sequence[str] | None = None,

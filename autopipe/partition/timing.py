@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from autopipe.cost import StageCosts
+from autopipe.schedule.kinds import DEFAULT
 from autopipe.simulate import step_time_us
 
 Links = Mapping[tuple[int, int], tuple[float, float | None]]
 
 
-def simulated_step_us(costs: StageCosts, num_microbatches: int, schedule: str = "1f1b") -> float:
+def simulated_step_us(costs: StageCosts, num_microbatches: int, schedule: str = DEFAULT) -> float:
     """Time from the first forward to the last backward of all micro-batches, and to the last sum over replicas; the optimizer apart."""
     forward, backward = costs.busy_us()
     return step_time_us(

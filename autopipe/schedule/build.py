@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import Action, Edge, Schedule, restrict
 from autopipe.schedule.costs import Costs
-from autopipe.schedule.orders import ORDERS, SEVERAL_STAGES_A_RANK
+from autopipe.schedule.kinds import KINDS, SEVERAL_STAGES_A_RANK, dealt_over_ranks
 from autopipe.schedule.program import Program, issue_times_us, unroll
 
 
@@ -43,16 +43,17 @@ def build_schedule(
     num_ranks = num_stages if num_ranks is None else num_ranks
     _validate_numbers(kind, num_stages, num_microbatches, num_ranks)
     _validate_graph(num_stages, edges, groups)
-    orders = ORDERS[kind](num_stages, num_microbatches, num_ranks)
-    program = unroll(orders, edges, forward_only=kind == "forward")
+    facts = KINDS[kind]
+    orders = facts.orders(num_stages, num_microbatches, num_ranks)
+    program = unroll(orders, edges, forward_only=not facts.has_backward)
     times = issue_times_us(program, costs or Costs.default(num_stages, edges))
-    order = _global_order(program, times, () if kind == "forward" else groups)
+    order = _global_order(program, times, groups if facts.has_backward else ())
     return Schedule(
         kind=kind,
         num_stages=num_stages,
         num_microbatches=num_microbatches,
         edges=edges,
-        reductions=() if kind == "forward" else groups,
+        reductions=groups if facts.has_backward else (),
         actions=restrict(order, len(orders), groups),
         order=order,
     )
@@ -76,18 +77,18 @@ def _global_order(program: Program, times: list[float], groups: tuple[tuple[int,
 
 
 def _validate_numbers(kind: str, num_stages: int, num_microbatches: int, num_ranks: int) -> None:
-    if kind not in ORDERS:
+    if kind not in KINDS:
         raise ScheduleError(
-            f"schedule {kind!r}", expected=f"one of {', '.join(ORDERS)}", remedy="choose one of these schedules"
+            f"schedule {kind!r}", expected=f"one of {', '.join(KINDS)}", remedy="choose one of these schedules"
         )
     for name, number in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
         if number < 1:
             raise ScheduleError(f"{name} = {number}", expected="at least 1", remedy=f"pass a positive {name}")
-    if not 1 <= num_ranks <= num_stages or (num_ranks < num_stages and kind not in SEVERAL_STAGES_A_RANK):
+    if not 1 <= num_ranks <= num_stages or (num_ranks < num_stages and not KINDS[kind].several_stages_a_rank):
         raise ScheduleError(
             f"{num_stages} stages on {num_ranks} ranks under {kind}",
-            expected="as many ranks as stages, or fewer under interleaved and forward",
-            remedy="use the interleaved schedule, or another number of stages",
+            expected=f"as many ranks as stages, or fewer under {' and '.join(SEVERAL_STAGES_A_RANK)}",
+            remedy=f"use the {dealt_over_ranks()} schedule, or another number of stages",
         )
 
 

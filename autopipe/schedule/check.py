@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
 from autopipe.schedule.check_rank import Flow, check_rank, fault, flows_of
+from autopipe.schedule.kinds import KINDS
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -37,11 +38,9 @@ def check_schedule(schedule: Schedule) -> None:
 
 def _check_computes(schedule: Schedule) -> None:
     counts = Counter((a.kind, a.stage, a.microbatch) for actions in schedule.actions for a in actions)
-    kinds: tuple[Kind, ...] = ("F", "B")
-    if schedule.kind == "forward":
-        kinds = ("F",)
-    elif schedule.kind == "zb-h1":
-        kinds = ("F", "I", "W")
+    facts = KINDS[schedule.kind]
+    kinds: tuple[Kind, ...] = ("F", "I", "W") if facts.divides_backward else ("F", "B")
+    kinds = kinds if facts.has_backward else ("F",)
     wanted = {(k, s, m) for k in kinds for s in range(schedule.num_stages) for m in range(schedule.num_microbatches)}
     for key in sorted(wanted):
         if counts[key] != 1:
@@ -82,7 +81,7 @@ def _check_transfers(schedule: Schedule) -> None:
 
 
 def _check_reductions(schedule: Schedule) -> None:
-    if schedule.kind == "forward" and schedule.reductions:
+    if not KINDS[schedule.kind].has_backward and schedule.reductions:
         raise fault("gradient reductions", "none in a forward-only schedule", "Schedule.reductions")
     wanted = {
         action

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule
-from autopipe.schedule.orders import eager_warm_up, interleaved_warm_up
+from autopipe.schedule.kinds import KINDS
 from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of_edges, phase
 
 Flow = tuple[Kind, int, int]
@@ -22,22 +22,13 @@ def fault(got: str, expected: str, where: str) -> ScheduleError:
 
 def flows_of(schedule: Schedule) -> list[Flow]:
     """The flows of a schedule's stage graph, those between stages of one rank included."""
-    return flows_of_edges(schedule.edges, schedule.kind == "forward")
+    return flows_of_edges(schedule.edges, not KINDS[schedule.kind].has_backward)
 
 
 def live_bound(schedule: Schedule, rank: int) -> int:
     """The most activations that a rank may hold at once, counted in micro-batches of one stage."""
     K, M = schedule.num_stages, schedule.num_microbatches
-    match schedule.kind:
-        case "1f1b":
-            return min(K - rank, M)
-        case "eager-1f1b":
-            return eager_warm_up(K, M, rank)
-        case "zb-h1":
-            return min(K, M)
-        case "interleaved":
-            return interleaved_warm_up(K, M, schedule.num_ranks, rank)
-    return M * len(range(rank, K, schedule.num_ranks))
+    return KINDS[schedule.kind].live(K, M, schedule.num_ranks, rank)
 
 
 def check_rank(schedule: Schedule, rank: int) -> None:
@@ -61,7 +52,7 @@ class _Walk:
     """What is there after each action of a rank's list."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
-        self.rank, self.forward_only = rank, schedule.kind == "forward"
+        self.rank, self.forward_only = rank, not KINDS[schedule.kind].has_backward
         self.local: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
         self.inward: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
         for flow in flows_of(schedule):

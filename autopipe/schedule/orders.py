@@ -1,8 +1,7 @@
-"""The order in which each rank computes, without transfers: one generator for each kind of schedule."""
+"""Generators of schedules: the order in which each rank computes, without transfers (`kinds.py` lists them)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
 
 from autopipe.schedule.actions import Action
@@ -140,16 +139,3 @@ def _groups(num_microbatches: int, num_ranks: int) -> list[range]:
     count = max(1, num_microbatches // num_ranks)
     sizes = [num_microbatches // count + (i < num_microbatches % count) for i in range(count)]
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-
-
-ORDERS: dict[str, Callable[[int, int, int], Orders]] = {
-    "1f1b": one_forward_one_backward,
-    "eager-1f1b": eager_one_forward_one_backward,
-    "gpipe": gpipe,
-    "interleaved": interleaved,
-    "zb-h1": zero_bubble_h1,
-    "forward": forward_only,
-}
-"""For each kind, (stages, micro-batches, ranks) to the computes of each rank, in order."""
-
-SEVERAL_STAGES_A_RANK = ("interleaved", "forward")

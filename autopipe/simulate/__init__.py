@@ -4,12 +4,11 @@ from autopipe.schedule.costs import Costs
 from autopipe.simulate.bound import h_bound_us
 from autopipe.simulate.plans import plan_costs, plan_schedule, simulate
 from autopipe.simulate.play import simulate_schedule
-from autopipe.simulate.reschedule import UNDIVIDED, fastest_schedule, rank_peak_bytes, rescheduled, schedules_for
+from autopipe.simulate.reschedule import fastest_schedule, rank_peak_bytes, rescheduled, schedules_for
 from autopipe.simulate.step_time import step_time_us
 from autopipe.simulate.timeline import Event, Timeline
 
 __all__ = [
-    "UNDIVIDED",
     "Costs",
     "Event",
     "Timeline",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from autopipe.plan import Plan
 from autopipe.schedule import Costs, Edge, Schedule, build_schedule
 from autopipe.schedule.costs import CPU_SPLIT_NODE_US, CPU_SPLIT_SHARE, SPLIT_SHARE, Link
+from autopipe.schedule.kinds import KINDS
 from autopipe.simulate.play import count_live, simulate_schedule
 from autopipe.simulate.timeline import Timeline
 from profiler.records import LinkProfile
@@ -100,8 +101,9 @@ def _split_us(plan: Plan) -> tuple[float, ...]:
 
 def _in_flight(plan: Plan) -> tuple[int, ...]:
     """Micro-batches that the plan's `activation_bytes` count: those that its own schedule keeps alive at once."""
-    if plan.schedule == "1f1b":
-        return tuple(min(plan.num_stages - k, plan.num_microbatches) for k in range(plan.num_stages))
+    kind, K, M = KINDS[plan.schedule], plan.num_stages, plan.num_microbatches
+    if not kind.several_stages_a_rank:
+        return tuple(kind.live(K, M, K, k) for k in range(K))
     return count_live(
         build_schedule(plan.schedule, plan.num_stages, plan.num_microbatches, [], num_ranks=plan.num_ranks or None)
     )

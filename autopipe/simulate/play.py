@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, Action, Kind, Schedule, sides
 from autopipe.schedule.costs import Costs
+from autopipe.schedule.kinds import KINDS
 from autopipe.schedule.program import phase
 from autopipe.simulate.timeline import Event, Timeline
 
@@ -100,7 +101,7 @@ def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
         live = peak = 0
         for kind, stage in ((a.kind, a.stage) for a in actions if a.kind in COMPUTES):
             size = costs.activation_bytes[stage] if costs.activation_bytes else 0
-            if kind == "F" and schedule.kind != "forward":
+            if kind == "F" and KINDS[schedule.kind].has_backward:
                 live += size
             elif kind == "W" or (kind == "B" and stage not in split):
                 live -= size
@@ -116,4 +117,4 @@ def count_live(schedule: Schedule) -> tuple[int, ...]:
     for action in schedule.order:
         live[action.stage] += {"F": 1, "B": -1, "W": -1}.get(action.kind, 0)
         peak[action.stage] = max(peak[action.stage], live[action.stage])
-    return tuple(1 if schedule.kind == "forward" else peak[s] for s in range(schedule.num_stages))
+    return tuple(peak[s] if KINDS[schedule.kind].has_backward else 1 for s in range(schedule.num_stages))

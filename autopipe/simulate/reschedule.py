@@ -1,4 +1,4 @@
-"""A plan and a choice of schedules go in; the plan under the fastest of them, with times and memory of that schedule, comes out."""
+"""A plan under another schedule, or under the fastest: its simulated times and memory."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from autopipe.errors import ScheduleError
-from autopipe.plan import RUNNABLE, Plan
+from autopipe.plan import Plan
 from autopipe.schedule import build_schedule
-from autopipe.schedule.orders import SEVERAL_STAGES_A_RANK
+from autopipe.schedule.kinds import KINDS, TRIED
 from autopipe.simulate.plans import plan_costs, plan_schedule
 from autopipe.simulate.play import count_live, simulate_schedule
 
-WORTH_TRYING = ("1f1b", "eager-1f1b", "zb-h1", "interleaved")
-"""Of schedules that are equally fast the first, which holds least, is taken. GPipe is never faster than 1F1B and holds more."""
 ALIKE = 2e-3
 """Schedules count as equally fast within this share of a step."""
-UNDIVIDED = ("1f1b", "eager-1f1b")
-"""Those that compute a backward as a whole, with a stage for each rank."""
 
 
-def schedules_for(num_stages: int, num_ranks: int, among: Sequence[str] = WORTH_TRYING) -> tuple[str, ...]:
+def schedules_for(num_stages: int, num_ranks: int, among: Sequence[str] = TRIED) -> tuple[str, ...]:
     """The schedules that can run these stages on these ranks, simplest first."""
-    fits = (num_stages == num_ranks, num_stages > num_ranks)
-    return tuple(name for name in among if name in RUNNABLE and fits[name in SEVERAL_STAGES_A_RANK])
+    return tuple(name for name in among if KINDS[name].has_backward and KINDS[name].fits(num_stages, num_ranks))
 
 
 def fastest_schedule(plan: Plan, *, num_ranks: int | None = None, schedules: Sequence[str] | None = None) -> Plan:
@@ -65,7 +60,7 @@ def rescheduled(plan: Plan, schedule: str, *, num_ranks: int | None = None) -> P
         ScheduleError: the schedule cannot deal these stages over these ranks.
     """
     ranks = num_ranks or plan.num_ranks or plan.num_stages
-    dealt = ranks if schedule in SEVERAL_STAGES_A_RANK else 0
+    dealt = ranks if KINDS[schedule].several_stages_a_rank else 0
     if (schedule, dealt) == (plan.schedule, plan.num_ranks):
         return plan
     before, after = _live(plan, plan.schedule, plan.num_ranks), _live(plan, schedule, ranks)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from autopipe.schedule.actions import COMPUTES, Edge
 from autopipe.schedule.costs import Link
-from autopipe.schedule.orders import ORDERS
+from autopipe.schedule.kinds import DEFAULT, KINDS
 from autopipe.schedule.program import Program, unroll
 
 Row = tuple[int, int, int, int]
@@ -23,7 +23,7 @@ def step_time_us(
     backward_us: Sequence[float],
     links: Mapping[tuple[int, int], Link],
     num_microbatches: int,
-    schedule: str = "1f1b",
+    schedule: str = DEFAULT,
     *,
     num_ranks: int | None = None,
     weight_share: float = 0.5,
@@ -101,7 +101,9 @@ def _rows(
     num_ranks: int,
 ) -> tuple[Row, ...]:
     graph = [Edge(*edge) for edge in edges]
-    program = unroll(ORDERS[kind](num_stages, num_microbatches, num_ranks), graph, forward_only=kind == "forward")
+    program = unroll(
+        KINDS[kind].orders(num_stages, num_microbatches, num_ranks), graph, forward_only=not KINDS[kind].has_backward
+    )
     column = {(e.source, e.target): i for i, e in enumerate(graph)}
     return _compile(program, num_stages, column, timed_links)
 

@@ -65,25 +65,28 @@ class Verification:
         return not self.faults
 
 
-def compare(plain: PlainStep, ranks: Sequence[RankStep], directory: Path, tolerance: float | None) -> Verification:
-    """Compares the loss of every rank, every gradient on every stage that has it, and every buffer."""
+def compare(
+    plain: PlainStep, ranks: Sequence[RankStep], directory: Path, tolerance: float | None, *, num_stages: int
+) -> Verification:
+    """Compare the loss of every rank, every gradient on every stage that has it, and every buffer."""
     loss_error = max(abs(rank.loss - plain.loss) for rank in ranks) / max(abs(plain.loss), 1e-12)
     limit = TOLERANCES[torch.float32] if tolerance is None else tolerance
     found = [Difference(kind="loss", name="loss", stage=-1, error=_number(loss_error), tolerance=limit)]
     largest = max((_size(g) for g in plain.gradients.values() if g is not None), default=0.0)
     seen: set[str] = set()
-    for stage in range(len(ranks)):
-        saved = torch.load(result_file(directory, stage), weights_only=True)
+    for rank in range(len(ranks)):
+        saved = torch.load(result_file(directory, rank), weights_only=True)
         for name, gradient in saved["gradients"].items():
             seen.add(name)
+            stage = saved["stages"][name]
             found.append(_gradient(name, stage, gradient, plain.gradients.get(name), SMALL * largest, tolerance))
-        if stage == 0:
+        if rank == 0:
             found += _buffers(plain, saved["state"], tolerance)
     for name in plain.gradients.keys() - seen:
         found.append(_fault("gradient", name, -1, "on no stage"))
     return Verification(
         differences=tuple(sorted(found, key=lambda d: -d.error / d.tolerance if d.tolerance else -d.error)),
-        num_stages=len(ranks),
+        num_stages=num_stages,
         num_microbatches=plain.num_microbatches,
         loss=ranks[0].loss,
         plain_loss=plain.loss,

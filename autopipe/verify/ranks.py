@@ -1,7 +1,8 @@
-"""What each rank of a verification runs: the step as a pipeline; its gradients go to a file, its loss to the caller."""
+"""The step of each rank of a verification: its gradients go to a file, its loss to the caller."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,13 @@ from autopipe.verify.plain import SEED, STATE_FILE, Call, seed_all, surrogate_lo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStep:
-    """What a rank did: the loss, and the first and last module of its stage."""
+    """The loss that a rank was given; its gradients are in its `result_file`."""
 
     loss: float
-    first_module: str
-    last_module: str
 
 
 def result_file(directory: Path, rank: int) -> Path:
-    """Where a rank leaves its gradients, and rank 0 the buffers of all."""
+    """The file of a rank's gradients, and on rank 0 of all buffers."""
     return directory / f"rank{rank}.pt"
 
 
@@ -34,6 +33,7 @@ def pipeline_step(
     call: Call,
     rank: int,
     *,
+    num_stages: int,
     num_microbatches: int,
     schedule: str,
 ) -> RankStep:
@@ -48,6 +48,7 @@ def pipeline_step(
         model,
         loss_fn=surrogate_loss if call.surrogate else None,
         data_parallel=1,
+        num_stages=num_stages,
         num_microbatches=num_microbatches,
         schedule=schedule,
         device="cpu",
@@ -55,10 +56,12 @@ def pipeline_step(
     loss = engine.train_batch(*start["args"], **start["kwargs"])
     gradients = {n: p.grad for n, p in engine.named_parameters() if p.requires_grad}
     state = engine.state_dict()
-    torch.save({"gradients": gradients, "state": state if rank == 0 else {}}, result_file(directory, rank))
-    stage = engine.plan.stages[engine.stage]
+    mine = engine.plan.stages[engine.stage :: int(os.environ["WORLD_SIZE"])]
+    stage_of = {name: next((s.index for s in mine if name in s.params), engine.stage) for name in gradients}
+    saved = {"gradients": gradients, "stages": stage_of, "state": state if rank == 0 else {}}
+    torch.save(saved, result_file(directory, rank))
     engine.close()
-    return RankStep(loss=float(loss), first_module=stage.first_module, last_module=stage.last_module)
+    return RankStep(loss=float(loss))
 
 
 def _load(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

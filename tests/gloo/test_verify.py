@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autopipe.cli import main
 from autopipe.cli.models import load_parts
-from autopipe.errors import EngineError
+from autopipe.errors import ConfigError, EngineError
 from autopipe.verify import verification_report, verify
 from autopipe.verify.processes import run_processes
 
@@ -95,6 +95,19 @@ def test_examples_pass(example: str, num_stages: int) -> None:
     assert found.equal, verification_report(found)
     assert max(d.error for d in found.differences) < 1e-6
     assert found.surrogate == (example in WITHOUT_LOSS)
+
+
+def deep() -> tuple[nn.Module, tuple[Tensor], dict[str, Any]]:
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(16))), (torch.randn(64, 64),), {}
+
+
+def test_schedules_with_several_stages_a_process_are_verified() -> None:
+    found = verify(deep, num_stages=4, num_microbatches=4, schedule="interleaved")
+    assert found.equal, verification_report(found)
+    assert found.num_stages == 4
+    assert {d.stage for d in found.differences if d.kind == "gradient"} == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match=r"3 stages under interleaved.*a multiple of 2.*4 stages"):
+        verify(noisy, num_stages=3, num_microbatches=4, schedule="interleaved")
 
 
 def test_dropout_is_off_and_running_statistics_are_compared() -> None:

@@ -10,8 +10,8 @@ from autopipe.errors import ScheduleError
 from autopipe.plan import Plan, StagePlan, Transfer
 from autopipe.schedule import Action
 from autopipe.schedule.costs import CPU_SPLIT_NODE_US, CPU_SPLIT_SHARE, SPLIT_SHARE
+from autopipe.schedule.kinds import TRIED, undivided
 from autopipe.simulate import (
-    UNDIVIDED,
     fastest_schedule,
     plan_costs,
     rank_peak_bytes,
@@ -73,10 +73,10 @@ def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
     assert schedules_for(4, 2) == ("interleaved",)
     slow = LinkProfile(latency_us=1.0, bytes_per_us=math.inf, overlap=1.0)
     waits = plan(link=slow, step_us=simulate(plan(link=slow)).makespan_us)
-    eager = fastest_schedule(waits, schedules=UNDIVIDED)
+    eager = fastest_schedule(waits, schedules=undivided(TRIED[:3]))
     assert eager.schedule == "eager-1f1b"
     assert eager.stages[0].activation_bytes == 70  # of 2 K - 1 = 7 micro-batches
-    assert fastest_schedule(dataclasses.replace(waits, memory_limit_bytes=140), schedules=UNDIVIDED) != eager
+    assert fastest_schedule(dataclasses.replace(waits, memory_limit_bytes=140), schedules=undivided(TRIED[:3])) != eager
     with pytest.raises(ScheduleError, match="2 stages on 4 ranks"):
         fastest_schedule(plan(2), num_ranks=4)
 

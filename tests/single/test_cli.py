@@ -1,8 +1,10 @@
 """The command line: its options are frozen, every command runs on a small model, and errors have one line and the right status."""
 
 import argparse
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -13,6 +15,7 @@ import pytest
 
 import autopipe
 from autopipe.cli import main
+from autopipe.cli.environment import VARIABLES
 from autopipe.cli.options import parser
 from autopipe.plan import Plan
 from profiler.records import Profile
@@ -373,3 +376,18 @@ def test_seven_billion_parameters_are_planned_for_devices_that_are_not_here(tmp_
         sum(stage.param_bytes for stage in plan.stages) >= 2 * 6_738_415_616
     )  # bfloat16, and what is read by two stages
     assert all(stage.peak_bytes < 80e9 for stage in plan.stages)
+
+
+def test_env_shows_the_variables_that_the_source_reads() -> None:
+    source = [p for package in ("autopipe", "profiler") for p in (ROOT / package).rglob("*.py")]
+    read = {
+        node.value
+        for path in source
+        if path.name != "environment.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"AUTOPIPE_[A-Z_]+", node.value)
+    }
+    assert len(read) >= 4
+    assert read == {name for name in VARIABLES if name.startswith("AUTOPIPE_")}

@@ -13,6 +13,7 @@ from autopipe.config import PipelineConfig
 from autopipe.engine.ranks.context import Context
 from autopipe.errors import ConfigError, PlanError
 from autopipe.plan import Plan
+from autopipe.schedule.kinds import SEVERAL_STAGES_A_RANK, dealt_over_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +144,10 @@ def mesh_shape(config: PipelineConfig, world_size: int) -> MeshShape:
         )
     num_ranks = world_size // replicas
     num_stages = num_ranks if config.num_stages == "auto" else config.num_stages
-    if num_stages % num_ranks or (num_stages > num_ranks and config.schedule not in ("auto", "interleaved")):
-        several = "" if num_stages % num_ranks else ", or schedule='interleaved' to put several stages on each"
+    if num_stages % num_ranks or (num_stages > num_ranks and config.schedule not in ("auto", *SEVERAL_STAGES_A_RANK)):
+        several = (
+            "" if num_stages % num_ranks else f", or schedule={dealt_over_ranks()!r} to put several stages on each"
+        )
         raise _cannot_divide(
             f"num_stages = {num_stages} with {num_ranks} process{'es' if num_ranks > 1 else ''} a replica",
             f"launch with `torchrun --nproc-per-node {num_stages * replicas}`, or leave num_stages at 'auto'{several}",

@@ -17,7 +17,7 @@ from autopipe.engine.step.microbatch import Batch, MicroBatch, batch_size, split
 from autopipe.partition import Constraints
 from autopipe.partition.cluster.strategy_search import SearchSpace, search
 from autopipe.plan import Plan
-from autopipe.simulate.reschedule import WORTH_TRYING
+from autopipe.schedule.kinds import TRIED, undivided
 from profiler.records import LinkProfile, Profile
 from profiler.sizes import check_sizes, sizes_to_profile
 
@@ -83,7 +83,7 @@ def _search_space(config: PipelineConfig, size: int, world_size: int) -> SearchS
     may_shard = zero_stages(config, world_size)
     schedules: tuple[str, ...] = (config.schedule,)
     if config.schedule == "auto":  # a compiled stage is one autograd node, whose backward has no parts
-        schedules = tuple(name for name in WORTH_TRYING if not (config.compile and name == "zb-h1"))
+        schedules = undivided(TRIED) if config.compile else TRIED
     return SearchSpace(
         global_batch=_divisible(size, world_size, data_parallel or 1, num_microbatches or 1),
         data_parallel=data_parallel,

@@ -20,8 +20,9 @@ from autopipe.engine.step.programs import capture_output, capture_program, mode_
 from autopipe.engine.transport.shm_setup import close_lanes, open_lanes, way_over
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
-from autopipe.plan import SCHEDULES, Plan
-from autopipe.simulate import UNDIVIDED, fastest_schedule, rescheduled
+from autopipe.plan import Plan
+from autopipe.schedule.kinds import DEFAULT, PLANNED, undivided
+from autopipe.simulate import fastest_schedule, rescheduled, schedules_for
 from profiler.records import LinkProfile, Profile
 
 MASTER_STATES = 7.0
@@ -109,18 +110,18 @@ def make_plan(
             memory_limit=memory_limit(config, context),
             data_parallel=mesh.data_parallel,
             zero_stage=zero_stage,
-            schedule=config.schedule if config.schedule in SCHEDULES else "1f1b",
+            schedule=config.schedule if config.schedule in PLANNED else DEFAULT,
             split_points=list(config.split_points) if config.split_points is not None else None,
             constraints=config.constraints,
         )
 
     plan = context.once(lambda: _without_recompute(cut, zero_stages(config, mesh.data_parallel)))
-    if mesh.num_ranks < num_stages:
-        return rescheduled(plan, "interleaved", num_ranks=mesh.num_ranks)
     if config.schedule != "auto":
-        return rescheduled(plan, config.schedule)
-    undivided = config.compile or any(s.recompute for s in plan.stages)  # compiled stages are one autograd node
-    return fastest_schedule(plan, schedules=UNDIVIDED if undivided else None)
+        return rescheduled(plan, config.schedule, num_ranks=mesh.num_ranks)
+    names = schedules_for(num_stages, mesh.num_ranks)
+    if config.compile or any(s.recompute for s in plan.stages):  # compiled stages are one autograd node
+        names = undivided(names)
+    return fastest_schedule(plan, num_ranks=mesh.num_ranks, schedules=names)
 
 
 def optimizer_states(config: PipelineConfig) -> str | float:

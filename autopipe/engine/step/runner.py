@@ -26,6 +26,7 @@ from autopipe.engine.step.stage_executor import StageRun, Step
 from autopipe.engine.transport.peers import Peers
 from autopipe.plan import Plan
 from autopipe.schedule import Edge, Schedule, build_schedule, check_schedule
+from autopipe.schedule.kinds import FORWARD
 from autopipe.simulate import plan_costs
 from profiler.memory import peak_memory
 
@@ -138,7 +139,7 @@ class Runner:
         key = (kind == "train", edges, len(programs))
         if key not in self._schedules:
             schedule = build_schedule(
-                self._plan.schedule if kind == "train" else "forward",
+                self._plan.schedule if kind == "train" else FORWARD,
                 self._peers.mesh.num_stages,
                 len(programs),
                 edges,

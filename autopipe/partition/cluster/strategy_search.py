@@ -25,8 +25,9 @@ from autopipe.partition.cluster.device_layouts import DeviceLayout, layouts, mem
 from autopipe.partition.constraints import Constraints
 from autopipe.partition.planner import PlanRequest, planned
 from autopipe.plan import Candidate, Plan
+from autopipe.schedule.kinds import DEFAULT, KINDS, TRIED, undivided
 from autopipe.simulate import plan_costs, rank_peak_bytes, rescheduled, schedules_for, step_time_us
-from autopipe.simulate.reschedule import WORTH_TRYING, within_memory
+from autopipe.simulate.reschedule import within_memory
 from profiler.records import Profile
 from profiler.sizes import at_size, scaling_rule
 
@@ -56,7 +57,7 @@ class SearchSpace:
     data_parallel: int | None = None
     num_microbatches: int | None = None
     zero_stage: int | None = None
-    schedules: Sequence[str] = WORTH_TRYING
+    schedules: Sequence[str] = TRIED
     optimizer: str | float = "adam"
     recompute: str = "auto"
     constraints: Constraints = field(default_factory=Constraints)
@@ -138,7 +139,9 @@ class _Search:
         for D in _divisors(num_devices):
             P = num_devices // D
             rounds = 1 if wanted.num_stages is None else wanted.num_stages // P
-            several = wanted.data_parallel is not None or tuple(wanted.schedules) == ("interleaved",)
+            several = wanted.data_parallel is not None or all(
+                KINDS[name].several_stages_a_rank for name in wanted.schedules
+            )
             fits = wanted.num_stages is None or (wanted.num_stages % P == 0 and (rounds == 1 or several))
             if not fits or (wanted.data_parallel not in (None, D)) or wanted.global_batch % D:
                 continue
@@ -163,7 +166,10 @@ class _Search:
 
     def _with_several_stages(self) -> None:
         """Interleaving, for the ways with the fastest plans, while more stages on each rank make them faster."""
-        if "interleaved" not in self.wanted.schedules or self.wanted.num_stages is not None:
+        if (
+            not any(KINDS[name].several_stages_a_rank for name in self.wanted.schedules)
+            or self.wanted.num_stages is not None
+        ):
             return
         fastest = sorted(self.found, key=lambda key: self.found[key].step_us)
         for key in [key for key in fastest if key[0].layout.num_ranks > 1][:SEVERAL]:
@@ -206,7 +212,7 @@ class _Search:
         graph = dataclasses.replace(self.graph(way.microbatch_size), devices=devices)
         speed, work = devices.speed, M * float(graph.work_us.sum())
         shared = (work + self._sums_us(way, devices) * float(speed.min())) / float(speed.sum())
-        divided = "zb-h1" in self.wanted.schedules
+        divided = any(KINDS[name].divides_backward for name in self.wanted.schedules)
         return max(bound, shared, step_bound_us(graph, P, M, load_bound_us(graph, P), divided=divided))
 
     def _sums_us(self, way: ParallelStrategy, devices: StageDevices) -> float:
@@ -239,7 +245,7 @@ class _Search:
         limits = memory_limits(self.cluster, layout, K)
         memory = arguments.checked_memory(
             num_microbatches=M,
-            schedule="1f1b",
+            schedule=DEFAULT,
             optimizer=wanted.optimizer,
             zero_stage=zero_stage,
             data_parallel=layout.data_parallel,
@@ -252,7 +258,7 @@ class _Search:
         run = RunConfig(
             num_stages=K,
             num_microbatches=M,
-            schedule="1f1b",
+            schedule=DEFAULT,
             data_parallel=layout.data_parallel,
             zero_stage=zero_stage,
             objective="step",
@@ -292,7 +298,7 @@ class _Search:
         ranks = way.layout.num_ranks
         names = list(schedules_for(way.num_stages, ranks, self.wanted.schedules))
         if any(stage.recompute for stage in plan.stages):
-            names = [n for n in names if n != "zb-h1"]  # what is computed again cannot be divided
+            names = list(undivided(tuple(names)))  # what is computed again cannot be divided
         if not names:
             raise PartitionError(
                 f"{way.num_stages} stages on {ranks} ranks under {', '.join(self.wanted.schedules)}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption, StageCosts, crossings, stage_costs, sum_by
+from autopipe.schedule.kinds import DEFAULT, KINDS
 from autopipe.schedule.program import MAX_POSTED_RECEIVES
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
@@ -28,7 +29,7 @@ class MemoryModel:
     """
 
     num_microbatches: int
-    schedule: str = "1f1b"
+    schedule: str = DEFAULT
     states: float = 2.0
     shards: int = 1
     limit_bytes: float = np.inf
@@ -44,9 +45,7 @@ class MemoryModel:
 
     def in_flight(self, stage: int, num_stages: int) -> int:
         """Micro-batches whose activations a stage holds at most."""
-        if self.schedule == "gpipe":
-            return self.num_microbatches
-        return min(num_stages - stage, self.num_microbatches)
+        return KINDS[self.schedule].live(num_stages, self.num_microbatches, num_stages, stage)
 
     def peak_bytes(
         self, option: RecomputeOption, static: FloatArray, micro: MicrobatchBytes, in_flight: FloatArray | int

@@ -15,7 +15,7 @@ from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 from autopipe.partition.problem import Problem
 from autopipe.schedule.actions import Edge
-from autopipe.schedule.orders import ORDERS
+from autopipe.schedule.kinds import KINDS
 from autopipe.schedule.program import unroll
 
 CELL_S = 2.5e-9
@@ -165,7 +165,7 @@ def steps_us(costs: AssignmentCosts, memory: MemoryModel, effort: Effort) -> Flo
     """(A) the simulated steps: the events of a schedule with a message between every two stages, those that are not sent left out."""
     K, used = len(costs.forward_us), [pair for pair, there in costs.sent.items() if there.any()]
     edges = [Edge(s, t, bool(costs.returned[s, t].any())) for s, t in sorted(used)]
-    program = unroll(ORDERS[memory.schedule](K, memory.num_microbatches, K), edges, forward_only=False)
+    program = unroll(KINDS[memory.schedule].orders(K, memory.num_microbatches, K), edges, forward_only=False)
     effort.spend(seconds=len(program.events) * (5e-6 + 4 * CELL_S * costs.forward_us.shape[1]))
     ends: list[FloatArray] = []
     start_of_all = np.zeros(costs.forward_us.shape[1])
