@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from profiler import accelerator
 from profiler.inputs import device_name
 from profiler.nodes import TRIVIAL_US, Timing
 from profiler.signature import Signature
@@ -41,7 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": f"cpu {_cpu_model()}" if device.type == "cpu" else device_name(device),
         "torch": torch.__version__,
-        "runtime": str(torch.version.cuda or torch.version.hip or ""),
+        "runtime": accelerator.runtime_version(),
         "threads": torch.get_num_threads(),
     }
 

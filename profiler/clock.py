@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from profiler import accelerator
+
 
 class Clock(Protocol):
     """Marks moments in the stream of work of a device."""
@@ -21,14 +23,9 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """`perf_counter_ns`, after waiting for an accelerator where there is one to wait for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    """`perf_counter_ns`: the time that passes on the host."""
 
     def mark(self) -> int:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
         return time.perf_counter_ns()
 
     def elapsed_us(self, start: int, end: int) -> float:
@@ -45,27 +42,25 @@ class ThreadClock:
         return (end - start) / 1e3
 
 
-class CudaClock:
-    """CUDA events on the current stream, so that the host's wait is not part of the time."""
+class EventClock:
+    """Events on the current stream of an accelerator, so that the host's wait is not part of the time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def mark(self) -> torch.cuda.Event:
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def mark(self) -> Any:
+        return accelerator.timing_event(self._device)
 
-    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    def elapsed_us(self, start: Any, end: Any) -> float:
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e3
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device: events on CUDA and ROCm, the thread's own time on a CPU where torch has one, the host's counter elsewhere."""
-    if device.type == "cuda":
-        return CudaClock(device)
-    return ThreadClock() if device.type == "cpu" and torch.get_num_threads() == 1 else HostClock(device)
+    """The clock of a device: events on an accelerator; on a CPU the time of torch's only thread, or the host's counter."""
+    if accelerator.is_accelerator(device):
+        return EventClock(device)
+    return ThreadClock() if device.type == "cpu" and torch.get_num_threads() == 1 else HostClock()
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:

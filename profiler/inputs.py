@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from profiler import accelerator
 from profiler.errors import ProfileError
 from profiler.tensors import has_values, on_device
 
@@ -38,16 +39,12 @@ def find_device(model: fx.GraphModule, args: Sequence[Any], device: torch.device
 
 
 def _devices_here() -> list[str]:
-    here = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        here += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    return here
+    return ["cpu", *map(str, accelerator.devices())]
 
 
 def device_name(device: torch.device) -> str:
     """A device's name as a profile holds it: `cpu`, or the product name of a GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return accelerator.product_name(device) if accelerator.is_accelerator(device) else device.type
 
 
 def dtype_name(model: fx.GraphModule) -> str:

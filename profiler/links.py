@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from profiler import accelerator
 from profiler.cache import cache_dir, digest, write_whole
 from profiler.errors import ProfileError
 from profiler.inputs import device_name
@@ -241,11 +242,7 @@ def _members(group: dist.ProcessGroup | None) -> list[int]:
 
 
 def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if "nccl" in dist.get_backend(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return accelerator.device_of_group(group) if device is None else torch.device(device)
 
 
 def _identity(

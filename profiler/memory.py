@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import record_function
 
+from profiler import accelerator
 from profiler.values import storages_of
 
 _SPLIT = "autopipe: the next part"
@@ -81,33 +82,28 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measures the allocations of a block.
 
-    On CUDA by the caching allocator's counter. On a CPU by the allocator's own events, which hold the workspace inside an
-    operator as well as its outputs; memory that oneDNN or MKL takes by themselves is not seen. Elsewhere it stays 0.
+    On an accelerator by the caching allocator's counter. On a CPU by the allocator's own events, which hold the workspace
+    inside an operator as well as its outputs; memory that oneDNN or MKL takes by themselves is not seen.
 
     On a CPU, drop what the block has made inside of it: torch keeps the addresses of blocks that outlive it, and a later measurement
     would count the release of whatever lies there then.
     """
     peak = Peak()
-    if device.type == "cuda":
-        with _counted_on_cuda(device, peak):
-            yield peak
-    elif device.type == "cpu":
-        with _counted_on_cpu(peak):
-            yield peak
-    else:
+    counted = _counted_by_allocator(device, peak) if accelerator.is_accelerator(device) else _counted_on_cpu(peak)
+    with counted:
         yield peak
 
 
 @contextmanager
-def _counted_on_cuda(device: torch.device, peak: Peak) -> Iterator[None]:
-    before = start = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+def _counted_by_allocator(device: torch.device, peak: Peak) -> Iterator[None]:
+    before = start = accelerator.allocated_bytes(device)
+    accelerator.reset_peak(device)
 
     def split() -> None:
         nonlocal start
-        peak.parts.append((start - before, torch.cuda.max_memory_allocated(device) - before))
-        start = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        peak.parts.append((start - before, accelerator.peak_bytes(device) - before))
+        start = accelerator.allocated_bytes(device)
+        accelerator.reset_peak(device)
 
     peak.split = split
     yield

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from profiler import accelerator
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -23,8 +25,8 @@ def preserved(model: nn.Module, device: torch.device) -> Iterator[None]:
     python, numpy = random.getstate(), sys.modules.get("numpy")
     arrays = numpy.random.get_state() if numpy is not None else None
     attributes = [(m, _plain_attributes(m)) for m in model.modules()]
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), preserved_modes():
+    devices = [device] if accelerator.is_accelerator(device) else []
+    with accelerator.fork_rng(devices), preserved_modes():
         try:
             yield
         finally:
@@ -41,7 +43,7 @@ def preserved_modes() -> Iterator[None]:
     grad = torch.is_grad_enabled()
     torch.autocast_increment_nesting()
     depth = torch.autocast_decrement_nesting()
-    states = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+    states = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in accelerator.autocast_types()}
     cached = torch.is_autocast_cache_enabled()
     try:
         yield

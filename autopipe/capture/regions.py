@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.amp import autocast_mode
 
+from profiler import accelerator
+
 _ENTER, _EXIT = autocast_mode._enter_autocast, autocast_mode._exit_autocast
 REGION_TARGETS = (torch._C._set_grad_enabled, _ENTER, _EXIT)
 
@@ -26,11 +28,10 @@ class Region:
 
 
 PLAIN = Region()
-_DEVICE_TYPES = ("cpu", "cuda")
 
 
 def _autocast_state() -> dict[str, tuple[torch.dtype, bool]]:
-    return {d: (torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in _DEVICE_TYPES}
+    return {d: (torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in accelerator.autocast_types()}
 
 
 class RegionReader:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from profiler import accelerator
+
 SOURCE = "_autopipe_random"
 _MIX, _MASK = 0x9E3779B97F4A7C15, (1 << 63) - 1
 
@@ -33,11 +35,8 @@ class RandomSource:
             return
         run, step, microbatch = self._place
         seed = _mixed(_mixed(_mixed(_mixed(run) + step) + microbatch) + node)
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed does this a hundred times slower, for every device
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is a hundred times slower, for every device
+        accelerator.seed_current(seed)
 
 
 def _mixed(value: int) -> int:
@@ -71,6 +70,6 @@ def add_seeds(graph: fx.Graph) -> bool:
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """The user's random state is as it was when the context ends."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    here = accelerator.current_device()
+    with accelerator.fork_rng([] if here is None else [here]):
         yield

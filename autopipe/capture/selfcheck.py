@@ -19,6 +19,7 @@ from autopipe.capture.loss import LossModule
 from autopipe.capture.places import source_of
 from autopipe.capture.trace import Call, flatten_output
 from autopipe.errors import CaptureError
+from profiler import accelerator
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -33,9 +34,8 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
     registered = [(m, dict(m._buffers)) for m in model.modules() if not is_scripted(m)]
     states = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with accelerator.fork_rng(accelerator.devices()):
             yield
     finally:
         random.setstate(states[0])

@@ -8,14 +8,14 @@ import os
 import platform
 
 import torch
-import torch.distributed as dist
 
 from autopipe.report.tables import Column, Document, Table, render
+from profiler import accelerator
 
 PACKAGES = ("torch-autopipe", "torch", "numpy", "tabulate", "tqdm", "transformers", "safetensors")
 VARIABLES = (
     "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
+    *accelerator.VARIABLES,
     "AUTOPIPE_CACHE_DIR",
     "AUTOPIPE_COUNT_MEMORY",
     "AUTOPIPE_HEARTBEAT_S",
@@ -40,8 +40,8 @@ def environment() -> dict[str, str]:
     found.update({name: _version(name) for name in PACKAGES})
     found["cores"] = f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"
     found["torch threads"] = str(torch.get_num_threads())
-    found["CUDA devices"] = _devices()
-    found["backends"] = ", ".join(_backends()) or "none"
+    found["accelerators"] = _devices()
+    found["backends"] = ", ".join(accelerator.backends()) or "none"
     found.update({name: os.environ.get(name, "not set") for name in VARIABLES})
     return found
 
@@ -54,19 +54,6 @@ def _version(package: str) -> str:
 
 
 def _devices() -> str:
-    if not torch.cuda.is_available():
-        return "none"
-    names = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        names.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
-    return "; ".join(names)
-
-
-def _backends() -> list[str]:
-    if not dist.is_available():
-        return []
-    found = ["gloo"] if dist.is_gloo_available() else []
-    if dist.is_nccl_available():
-        found.append(f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")  # type: ignore[no-untyped-call]
-    return found
+    found = accelerator.devices()
+    sizes = [f"{accelerator.product_name(d)}, {accelerator.memory_bytes(d) / 2**30:.0f} GiB" for d in found]
+    return "; ".join(sizes) or "none"

@@ -11,6 +11,7 @@ from autopipe.plan import RECOMPUTE
 from autopipe.report import FORMATS
 from autopipe.report.timelines import TIMELINE_FORMATS
 from autopipe.schedule.kinds import DEFAULT, KINDS, PLANNED, TRAINING, dealt_over_ranks
+from profiler import accelerator
 
 PLAYED = tuple(name for name in TRAINING if not KINDS[name].several_stages_a_rank)
 """Schedules that `simulate` can play on any plan: they need one rank for each stage, as plans have."""
@@ -128,7 +129,7 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
         command.add_argument(
             "--device",
             metavar="DEVICE",
-            help="where to measure: cpu, cuda, cuda:1; or what to estimate: h100, h200, a100, l40s, mi300x",
+            help=f"where to measure: cpu, {accelerator.EXAMPLES}; or what to estimate: h100, h200, a100, l40s, mi300x",
         )
 
 

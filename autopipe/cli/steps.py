@@ -19,7 +19,7 @@ from autopipe.errors import ConfigError
 from autopipe.partition import Constraints, partition
 from autopipe.partition.arguments import MICROBATCHES_PER_STAGE
 from autopipe.plan import Plan
-from profiler import estimate, profile
+from profiler import accelerator, estimate, profile
 from profiler.devices import DEVICES
 from profiler.records import Profile
 from profiler.scaling import known_device, scaled
@@ -174,9 +174,10 @@ def _device_memory_bytes(options: argparse.Namespace) -> int | None:
     """The memory of the GPU that was measured or estimated; None on a CPU, and for a profile from a file."""
     if options.model is not None and _is_estimated(options.device):
         return DEVICES[options.device].memory_bytes
-    if options.model is None or options.device is None or torch.device(options.device).type != "cuda":
+    if options.model is None or options.device is None:
         return None
-    return int(torch.cuda.get_device_properties(torch.device(options.device)).total_memory)
+    device = torch.device(options.device)
+    return accelerator.memory_bytes(device) if accelerator.is_accelerator(device) else None
 
 
 def wants_search(options: argparse.Namespace) -> bool:

@@ -17,6 +17,7 @@ from autopipe.engine.ranks.context import Context
 from autopipe.engine.setup.prepared import Prepared
 from autopipe.engine.step.microbatch import Batch
 from autopipe.engine.step.step_stats import Measurements
+from profiler import accelerator
 
 
 def train_over(
@@ -115,6 +116,6 @@ class StepLog:
 
 def _peak_bytes(device: torch.device) -> int:
     """The most memory that was allocated on the device; on a CPU, the process's peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if accelerator.is_accelerator(device):
+        return accelerator.peak_bytes(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -44,8 +44,9 @@ def stages():
 
 
 def main():
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    kind = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dist.init_process_group(dist.get_default_backend_for_device(kind))
+    device = kind if kind.type == "cpu" else torch.device(kind.type, dist.get_rank() % torch.accelerator.device_count())
     mine, batch, has_loss = stages()
     for stage in mine:
         stage.to(device)

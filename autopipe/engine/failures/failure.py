@@ -8,6 +8,7 @@ from typing import Any
 
 from autopipe.errors import AutopipeError, EngineError
 from autopipe.schedule import Action
+from profiler.accelerator import ERROR_WORDS
 
 BETWEEN_STEPS = "user code between steps"
 MAX_MESSAGE = 8192
@@ -24,7 +25,15 @@ _PHASES = {
     "RECV_B": "receiving the gradients of micro-batch {m} from stage {peer}",
     "REDUCE_GRAD": "summing the gradients of tied parameters",
 }
-_CONNECTION_WORDS = ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket", "pair closure")
+_CONNECTION_WORDS = (
+    "Connection closed",
+    "Connection reset",
+    "gloo",
+    "Broken pipe",
+    "Socket",
+    "pair closure",
+    *ERROR_WORDS,
+)
 
 
 def phase_of(action: Action) -> str:

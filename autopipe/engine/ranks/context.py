@@ -15,6 +15,7 @@ from autopipe.engine.failures.interrupt import Alarm
 from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.failures.preemption import Preemption
 from autopipe.errors import AutopipeError, ConfigError, EngineError
+from profiler import accelerator
 
 T = TypeVar("T")
 
@@ -152,15 +153,16 @@ def make_context(device: torch.device | str | None) -> Context:
     chosen = _device(device)
     owns = not dist.is_initialized()
     if owns:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
+        on_accelerator = accelerator.is_accelerator(chosen)
+        if on_accelerator:
+            accelerator.use(chosen)
         store, rank, world_size = _store_of_this_attempt()
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            accelerator.backend(chosen),
             store=store,
             rank=rank,
             world_size=world_size,
-            device_id=chosen if chosen.type == "cuda" else None,
+            device_id=chosen if on_accelerator else None,
         )
     if dist.get_world_size() == 1:
         return Context(rank=0, world_size=1, device=chosen, owns_world=owns)
@@ -183,23 +185,23 @@ def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
 def _device(device: torch.device | str | None) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device is None:
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return accelerator.device_of_rank(local_rank)
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(
             f"device {device!r}",
-            expected="a torch device such as 'cpu' or 'cuda'",
+            expected=f"a torch device such as cpu, {accelerator.EXAMPLES}",
             where="device",
             remedy="pass another device",
         ) from None
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
+    if accelerator.is_accelerator(chosen):
+        if not accelerator.is_there(chosen):
             raise ConfigError(
                 f"device {device!r}",
                 expected="a device that is there",
                 where="device",
-                remedy="pass device='cpu'; no CUDA device is visible",
+                remedy=f"pass device='cpu'; this machine shows {accelerator.kind() or 'no accelerator'}",
             )
-        return torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        return torch.device(chosen.type, local_rank if chosen.index is None else chosen.index)
     return chosen

@@ -23,6 +23,7 @@ from autopipe.partition import partition
 from autopipe.plan import Plan
 from autopipe.schedule.kinds import DEFAULT, PLANNED, undivided
 from autopipe.simulate import fastest_schedule, rescheduled, schedules_for
+from profiler import accelerator
 from profiler.records import LinkProfile, Profile
 
 MASTER_STATES = 7.0
@@ -186,9 +187,9 @@ def measured_link(context: Context) -> LinkProfile:
 
 def memory_limit(config: PipelineConfig, context: Context) -> int | None:
     """The bytes that a stage may hold."""
-    if config.memory_limit is not None or context.device.type != "cuda":
+    if config.memory_limit is not None or not accelerator.is_accelerator(context.device):
         return config.memory_limit
-    return int(torch.cuda.get_device_properties(context.device).total_memory)
+    return accelerator.memory_bytes(context.device)
 
 
 def compare_ranks(context: Context, captured: Captured, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.schedule import Action
+from profiler import accelerator
 
 RUN_AHEAD = 8
 """Spans that the host may queue ahead of the device: two micro-batches' worth."""
@@ -32,18 +33,16 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device, watcher: RankMonitor) -> None:
-        self._device, self._on_cuda, self.watcher = device, device.type == "cuda", watcher
+        self._device, self._has_events, self.watcher = device, accelerator.is_accelerator(device), watcher
         self.marks: list[tuple[Action, bool, Any, Any]] = []
         self.allocated_bytes = 0
         self.started_ns = time.monotonic_ns()
         self._zero = self.now()
 
     def now(self) -> Any:
-        if not self._on_cuda:
+        if not self._has_events:
             return time.monotonic_ns()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return accelerator.timing_event(self._device)
 
     def hold(self) -> None:
         """Keep the host at most `RUN_AHEAD` spans ahead of the device.
@@ -51,7 +50,7 @@ class StepClock:
         Memory that the device still reads cannot be used again: without a bound, buffers would grow with the number of
         micro-batches. It waits for a span that comes earlier in the one order of all ranks, so it cannot deadlock.
         """
-        if self._on_cuda and len(self.marks) >= RUN_AHEAD:
+        if self._has_events and len(self.marks) >= RUN_AHEAD:
             self.marks[-RUN_AHEAD][3].synchronize()
 
     def span(self, action: Action, *, waiting: bool = False) -> _Timed:
@@ -59,13 +58,13 @@ class StepClock:
         return _Timed(self, action, waiting)
 
     def spans(self) -> list[Span]:
-        """All spans so far; on CUDA it waits for the device."""
-        if self._on_cuda:
-            torch.cuda.synchronize(self._device)
+        """All spans so far; on an accelerator it waits for the device."""
+        if self._has_events:
+            accelerator.synchronize(self._device)
         return [Span(action, waiting, self._since(a), self._since(b)) for action, waiting, a, b in self.marks]
 
     def _since(self, mark: Any) -> float:
-        if self._on_cuda:
+        if self._has_events:
             return float(self._zero.elapsed_time(mark)) * 1e3
         return float(mark - self._zero) / 1e3
 

@@ -16,6 +16,7 @@ from autopipe.plan import Plan
 from autopipe.report.measured import MeasuredStage
 from autopipe.schedule import Action
 from autopipe.simulate import Event, Timeline
+from profiler import accelerator
 
 KEPT_STEPS = 50
 PACED_STEPS, PACE_EVERY_S = 5, 5.0
@@ -46,7 +47,7 @@ class Measurements:
             held_bytes: parameters, buffers and optimizer state of this rank.
         """
         steps = [clock.spans() for clock in self._steps]
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        peak = accelerator.peak_bytes(device) if accelerator.is_accelerator(device) else 0
         if self._allocated_bytes and len(self._stages) == 1:
             peak = held_bytes + self._allocated_bytes
         return [_summary(s, steps, peak) for s in self._stages] if steps else []

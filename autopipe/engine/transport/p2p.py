@@ -22,6 +22,7 @@ from autopipe.engine.ranks.context import Context
 from autopipe.engine.transport.shm_buffers import MessageLayout
 from autopipe.engine.transport.shm_channel import ShmReceiver, ShmSender
 from autopipe.engine.transport.shm_setup import Lanes, close_lanes, open_lanes
+from profiler import accelerator
 
 Flow = tuple[int, int]
 """A directed edge between ranks: (from, to). Activations and gradients of one pair go over two flows (rule 3)."""
@@ -85,9 +86,9 @@ class Works:
         """As `Handle` says."""
         for work in self.works:
             work.wait()
-        if self.tensors and self.tensors[0].is_cuda:
+        if self.tensors and accelerator.is_accelerator(self.tensors[0].device):
             for tensor in self.tensors:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+                accelerator.keep_for(tensor, accelerator.current_stream(tensor.device))
         self.works, self.held = [], []
         return self.tensors
 
@@ -103,7 +104,7 @@ class Transport:
         self._context = context
         self._groups: dict[Flow, Any] = {}
         self._lanes: Lanes = {}
-        self._streams: dict[Flow, torch.cuda.Stream] = {}
+        self._streams: dict[Flow, Any] = {}
 
     def open(self, flows: Sequence[Flow]) -> None:
         """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6).
@@ -119,8 +120,8 @@ class Transport:
             self._groups[flow] = self._context.new_group(flow)
         for flow in new:
             if self._context.rank in flow:
-                if self._context.device.type == "cuda":
-                    self._streams[flow] = torch.cuda.Stream(self._context.device, priority=-1)  # type: ignore[no-untyped-call]
+                if accelerator.is_accelerator(self._context.device):
+                    self._streams[flow] = accelerator.new_stream(self._context.device)
                 self._warm_up(flow)
 
     def neighbours(self, ranks: Sequence[int]) -> list[int] | None:
@@ -138,8 +139,8 @@ class Transport:
             self.send(flow, [torch.zeros(1, dtype=torch.uint8, device=self._context.device)], one).join()
         else:
             self.recv(flow, one).join()
-        if self._context.device.type == "cuda":
-            torch.cuda.synchronize(self._context.device)
+        if accelerator.is_accelerator(self._context.device):
+            accelerator.synchronize(self._context.device)
 
     def send(self, flow: Flow, tensors: Sequence[Tensor], spec: MessageSpec) -> Handle:
         """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
@@ -152,9 +153,9 @@ class Transport:
         flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
         stream = self._streams.get(flow)
         if stream is not None:  # which waits for the producer alone: a send is issued right after it (rule 5)
-            stream.wait_event(torch.cuda.current_stream(self._context.device).record_event())
+            stream.wait_event(accelerator.current_stream(self._context.device).record_event())
             for t in flat:
-                t.record_stream(stream)
+                accelerator.keep_for(t, stream)
         with self._side(flow):
             return Works(self._issue("send", flow, flat), [], flat)
 
@@ -174,7 +175,7 @@ class Transport:
     def _side(self, flow: Flow) -> AbstractContextManager[Any]:
         """On CUDA the flow's own stream (rule 5)."""
         stream = self._streams.get(flow)
-        return nullcontext() if stream is None else torch.cuda.stream(stream)
+        return nullcontext() if stream is None else accelerator.on_stream(self._context.device, stream)
 
     def _issue(self, operation: Literal["send", "recv"], flow: Flow, flat: list[Tensor]) -> list[Any]:
         """Unbatched operations, always (rule 2)."""
