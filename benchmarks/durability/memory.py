@@ -16,7 +16,7 @@ from torch import nn
 import autopipe
 from autopipe.plan import Plan
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT
+from tests.models.pipelines import TiedGPT
 
 MIB = 2**20
 

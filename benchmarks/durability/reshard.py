@@ -20,7 +20,7 @@ import torch
 import autopipe
 from autopipe.checkpoint import RNG, Reader, newest
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import make
+from tests.models.pipelines import make
 
 LAYOUTS = {  # name: ranks, replicas, ZeRO stage
     "1": (1, 1, 0),

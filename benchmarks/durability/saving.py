@@ -18,7 +18,7 @@ import torch
 import autopipe
 from benchmarks.durability.memory import loss_fn
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT
+from tests.models.pipelines import TiedGPT
 
 
 def seconds(work: Callable[[], Any]) -> float:

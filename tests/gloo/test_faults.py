@@ -111,6 +111,6 @@ def _slow_after_planning() -> list[str]:
 
 
 def test_a_stage_that_is_slower_than_its_plan_is_warned_about() -> None:
-    first, second = run_ranks(_slow_after_planning, 2, timeout_s=90)
+    first, second = run_ranks(_slow_after_planning, 2, timeout_s=90, measured=True)
     assert not second
     assert any("stage 1 on rank 1 is slow" in w and "a micro-batch where its plan" in w for w in first), first

@@ -17,7 +17,7 @@ import autopipe
 from autopipe.engine.loop import call_of
 from tests.gloo.launch import run_ranks
 from tests.gloo.logs import kept_warnings
-from tests.gloo.models import make
+from tests.models.pipelines import make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autopipe
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error
+from tests.models.pipelines import TiedGPT, make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

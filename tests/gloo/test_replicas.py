@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, make, token_loss
 from tests.gloo.plain import plain_step, relative_error
+from tests.models.pipelines import TiedGPT, make, token_loss
 
 BATCH = 12
 

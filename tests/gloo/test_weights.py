@@ -16,7 +16,7 @@ from torch import nn
 import autopipe
 from benchmarks.durability.memory import one_rank
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import make
+from tests.models.pipelines import make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -144,9 +144,8 @@ def test_a_checkpoint_is_loaded_into_a_model_on_meta(tmp_path: Path) -> None:
 
 
 def test_a_rank_holds_no_more_than_its_stage() -> None:
-    plan = run_ranks(one_rank, 2, 512, 4, None, None)[0][
-        "plan"
-    ]  # measuring takes memory of its own, a few layers at a time
-    for row in run_ranks(one_rank, 2, 512, 4, None, plan):
+    # measuring takes memory of its own, a few layers at a time
+    plan = run_ranks(one_rank, 2, 512, 4, None, None, measured=True, fresh=True)[0]["plan"]
+    for row in run_ranks(one_rank, 2, 512, 4, None, plan, measured=True, fresh=True):
         assert row["stage_bytes"] > 10e6
         assert row["ratio"] <= 1.3

@@ -16,7 +16,7 @@ from torch import nn
 import autopipe
 from autopipe.checkpoint import Reader, convert, newest, open_weights
 from autopipe.cli import main
-from tests.gloo.models import TiedGPT, make
+from tests.models.pipelines import TiedGPT, make
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
 

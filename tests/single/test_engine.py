@@ -12,7 +12,7 @@ from torch import nn
 
 import autopipe
 from autopipe.engine.step.microbatch import normalised, raw_weights, split
-from tests.gloo.models import make
+from tests.models.pipelines import make
 
 
 def test_a_plain_loop_with_an_optimizer_of_ones_own() -> None:
