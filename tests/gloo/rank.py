@@ -1,8 +1,7 @@
-"""One rank of a test: runs a function in the environment of a launch, tells the test what came of it, and cleans up after it."""
+"""One process that tests share: runs one function after another as a rank of a launch, and cleans up after each."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -11,11 +10,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,49 +21,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from autopipe.engine.failures import bootstrap
+from scenarios.launch import run_as_rank
 from tests.gloo.quick_planning import quick_planning
 
 THREADS_END_WITHIN_S = 1.0
 _WATCHED, _ALSO = ("autopipe", "profiler", "tests"), ("torch", "os", "time")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A function for one rank of a launch.
-
-    Attributes:
-        function, args: what is called.
-        rank, num_ranks, port: its place, and the port at which the ranks meet.
-        measured: the engine measures the model and the link; otherwise it plans quickly.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    rank: int
-    num_ranks: int
-    port: int
-    measured: bool
-
-
-def run_job(pipe: Connection, job: Job) -> None:
-    """Runs a job, and sends ("ok", its result) or ("raised", the traceback)."""
-    os.environ.update(
-        RANK=str(job.rank),
-        LOCAL_RANK=str(job.rank),
-        WORLD_SIZE=str(job.num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(job.port),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    random.seed(0)
-    try:
-        with contextlib.nullcontext() if job.measured else quick_planning():
-            result = job.function(*job.args)
-        pipe.send(("ok", result))
-    except BaseException:  # noqa: BLE001 (whatever it is, the test is told)
-        pipe.send(("raised", traceback.format_exc()))
+def planned_quickly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with `quick_planning`."""
+    with quick_planning():
+        return function(*args)
 
 
 def serve(pipe: Connection) -> None:
@@ -80,10 +45,11 @@ def serve(pipe: Connection) -> None:
         except EOFError:
             return
         before = _Process()
-        run_job(pipe, job)
+        random.seed(0)
+        run_as_rank(pipe, *job)
         del job
         clean = before.restore()
-        pipe.send(clean)
+        pipe.send(("clean", clean))
         if not clean:
             return
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
+from scenarios.pipelines import make
 from tests.gloo.launch import run_ranks, try_ranks
-from tests.models.pipelines import make
 
 LAYOUTS = {
     "1": (1, 1, 0),

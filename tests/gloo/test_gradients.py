@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scenarios.pipelines import NAMES, make
 from tests.gloo.launch import run_ranks
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import NAMES, make
 
 BATCH = 12
 TOLERANCE = 1e-6

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import autopipe
+from scenarios.pipelines import make
 from tests.gloo.launch import run_in_turn
 from tests.gloo.plain import relative_error
-from tests.models.pipelines import make
 
 ADAM = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4, weight_decay=0.1)
 TOLERANCE = 2e-4  # a sum in another order may round a parameter to the other of two bf16 neighbours

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scenarios.pipelines import make
 from tests.gloo.launch import run_in_turn, run_ranks
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import make
 
 BATCH = 12
 REPLICAS_TOGETHER = (0, 2, 1, 3)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import autopipe
 import autopipe.engine.step.runner as runner
+from scenarios.pipelines import TiedGPT, make
 from tests.gloo.launch import run_in_turn
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import TiedGPT, make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

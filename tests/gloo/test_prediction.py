@@ -15,8 +15,8 @@ import autopipe
 from autopipe.engine.step.clock import Span
 from autopipe.engine.step.step_stats import transfer_times_us
 from autopipe.schedule import Action
+from scenarios.pipelines import TiedGPT, token_loss
 from tests.gloo.launch import run_ranks
-from tests.models.pipelines import TiedGPT, token_loss
 
 
 def report(num_microbatches: int) -> dict[str, Any]:

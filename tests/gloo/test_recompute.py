@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scenarios.pipelines import TiedGPT, make, token_loss
 from tests.gloo.launch import run_ranks
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import TiedGPT, make, token_loss
 
 
 def _train(name: str) -> dict[str, float]:

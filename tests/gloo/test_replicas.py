@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scenarios.pipelines import TiedGPT, make, token_loss
 from tests.gloo.launch import run_ranks
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import TiedGPT, make, token_loss
 
 BATCH = 12
 

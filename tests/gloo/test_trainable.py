@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
+from scenarios.pipelines import TiedGPT, token_loss
 from tests.gloo.launch import run_in_turn
 from tests.gloo.plain import plain_step, relative_error
-from tests.models.pipelines import TiedGPT, token_loss
 
 STEPS, ROWS, MICROBATCHES = 3, 8, 4
 

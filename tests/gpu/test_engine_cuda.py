@@ -15,10 +15,10 @@ import autopipe
 from autopipe.engine.ranks.context import make_context
 from autopipe.engine.step.split_backward import Division, input_gradients
 from autopipe.engine.transport.p2p import Transport
+from scenarios.pipelines import NAMES, Block, make
 from tests.gloo.launch import run_ranks
 from tests.gloo.plain import plain_step, relative_error
 from tests.gloo.test_transport import samples, spec_of
-from tests.models.pipelines import NAMES, Block, make
 
 TOLERANCE = 1e-4  # cuBLAS and cuDNN choose other sums for other shapes
 one_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
