@@ -30,8 +30,9 @@ def work(kind: str, peers: bool, label: str, out: Path, name: str) -> dict[str, 
     """One model, in a process of its own."""
     import torch
 
-    from benchmarks.coverage import build, compare, pool
+    from benchmarks.coverage import build, pool
     from benchmarks.coverage import peers as others
+    from scenarios import comparison
 
     warnings.simplefilter("ignore")
     stamp = {"torch": torch.__version__, "label": label}
@@ -42,7 +43,7 @@ def work(kind: str, peers: bool, label: str, out: Path, name: str) -> dict[str, 
         model, args, kwargs = build.LISTS[kind][1](name)
     except build.CannotBuild as cause:
         return stamp | {"outcome": "skipped", "why": f"not built here: {cause}"}
-    return stamp | (others.check(model, args, kwargs) if peers else compare.check(model, args, kwargs))
+    return stamp | (others.check(model, args, kwargs) if peers else comparison.check(model, args, kwargs))
 
 
 def main() -> None:

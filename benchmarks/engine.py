@@ -35,8 +35,9 @@ from tabulate import tabulate  # noqa: E402
 from autopipe.schedule.costs import CPU_SPLIT_NODE_US, CPU_SPLIT_SHARE  # noqa: E402
 from benchmarks.pipelines import rounds  # noqa: E402
 from benchmarks.pipelines.launch import on_ranks  # noqa: E402
-from benchmarks.pipelines.models import Residual, Scale, Transformer, mean_square  # noqa: E402
+from benchmarks.pipelines.models import Residual, Scale, Transformer  # noqa: E402
 from benchmarks.pipelines.sleepers import simulated_s, sleeping_peers, sleeping_schedules  # noqa: E402
+from scenarios.sleepers import mean_square  # noqa: E402
 
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
 # name, kind of layer, width, shape of a micro-batch without the width, layers of a stage

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from autopipe.cli import main as autopipe  # noqa: E402
-from tests.pure.chromium import PROGRAM, Browser  # noqa: E402
+from scenarios.chromium import PROGRAM, Browser  # noqa: E402
 
 PICTURES = (("report-wide.png", 1280, False), ("report-narrow-dark.png", 390, True))
 CALL = ("--num-stages", "3", "--num-microbatches", "6", "--memory-limit", "64MiB", "--quiet")

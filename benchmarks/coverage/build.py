@@ -257,13 +257,13 @@ def timm_model(name: str) -> Built:
 
 
 def hard_names() -> list[str]:
-    from tests.single.hard_cases import CASES
+    from scenarios.hard_cases import CASES
 
     return sorted(CASES)
 
 
 def hard_model(name: str) -> Built:
-    from tests.single.hard_cases import CASES
+    from scenarios.hard_cases import CASES
 
     torch.manual_seed(0)
     return CASES[name]()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.capture.trace import flatten_output
-from benchmarks.coverage.compare import difference, observe, plain
+from scenarios.comparison import difference, observe, plain
 
 
 def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from benchmarks.coverage.pool import read
 
 LISTS = ("transformers", "torchvision", "timm", "hard")
 Results = dict[str, dict[str, Any]]
-_TITLES = {"hard": "hard cases (`tests/single/hard_cases/`)"}
+_TITLES = {"hard": "hard cases (`scenarios/hard_cases/`)"}
 _ROUTES = ("recorded", "recorded, compiling", "opaque", "guarded", "exported")
 
 
@@ -251,5 +251,5 @@ def _reason(why: str) -> str:
 
 
 def _cell(text: str, limit: int) -> str:
-    text = re.sub(r"/\S*/(site-packages|tests)/", "", " ".join(text.split()))
+    text = re.sub(r"/\S*/(site-packages/|(?=scenarios/))", "", " ".join(text.split()))
     return text.replace("|", "\\|")[:limit]

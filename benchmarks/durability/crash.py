@@ -30,7 +30,7 @@ from torch import nn
 import autopipe
 from autopipe.checkpoint import MODEL, Reader, newest
 from autopipe.plan import Plan
-from tests.gloo.launch import run_ranks, start_ranks
+from scenarios.launch import run_ranks, start_ranks
 
 SAVES_PER_FOLDER, KEEP = 2, 2
 

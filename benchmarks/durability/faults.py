@@ -147,10 +147,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="leave out so many, to go on where a run has ended")
+    parser.add_argument("--only", type=json.loads, default=None, help="a JSON list of faults, in the place of a count")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(arguments)
     outcomes = []
-    for fault in faults(options.count)[options.first :]:
+    for fault in options.only or faults(options.count)[options.first :]:
         outcomes.append(run(fault))
         print(f"{fault}  {outcomes[-1].seconds}  {outcomes[-1].wrong or 'right'}", file=sys.stderr, flush=True)
     groups = defaultdict(list)

@@ -111,6 +111,8 @@ def main(fault: dict[str, Any], rank: int, port: int, folder: str, heartbeat_s: 
     world = fault["world"]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), AUTOPIPE_HEARTBEAT_S=str(heartbeat_s))
+    if "shared_memory" in fault:
+        os.environ["AUTOPIPE_SHARED_MEMORY"] = str(int(fault["shared_memory"]))
     logging.basicConfig(format="%(message)s", level=logging.WARNING, filename=f"{folder}/{rank}.log")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -15,21 +15,13 @@ from torch import nn
 
 import autopipe
 from autopipe.plan import Plan
-from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT
+from scenarios.launch import run_ranks
+from scenarios.pipelines import TiedGPT
+from scenarios.resident_memory import resident, restart_peak
 
 MIB = 2**20
-
-
-def resident(what: str) -> int:
-    """Bytes of this process: `VmRSS`, or `VmHWM`, the peak since `restart_peak`."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(what))
-    return int(line.split()[1]) * 1024
-
-
-def restart_peak() -> None:
-    """Lets the kernel count the peak anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+SOURCES = ("measuring", "reset_parameters", "safetensors", "torch")
+"""The first measures the model, the others take its plan."""
 
 
 def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -91,12 +83,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     plan = None
     with tempfile.TemporaryDirectory() as folder:
-        for source in ("measuring", "reset_parameters", "safetensors", "torch"):
+        for source in options.sources:
             weights = None
             if source in ("safetensors", "torch"):
                 weights = str(Path(folder) / f"model.{'safetensors' if source == 'safetensors' else 'pt'}")

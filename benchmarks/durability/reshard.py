@@ -19,8 +19,8 @@ import torch
 
 import autopipe
 from autopipe.checkpoint import RNG, Reader, newest
-from tests.gloo.launch import run_ranks
-from tests.gloo.models import make
+from scenarios.launch import run_ranks
+from scenarios.pipelines import make
 
 LAYOUTS = {  # name: ranks, replicas, ZeRO stage
     "1": (1, 1, 0),

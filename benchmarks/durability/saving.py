@@ -17,8 +17,8 @@ import torch
 
 import autopipe
 from benchmarks.durability.memory import loss_fn
-from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT
+from scenarios.launch import run_ranks
+from scenarios.pipelines import TiedGPT
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -11,9 +11,9 @@ import torch
 from autopipe.plan import Plan
 from autopipe.schedule import Edge, build_schedule
 from autopipe.simulate import plan_costs, simulate_schedule
-from benchmarks.pipelines.models import Sleeper, mean_square
 from benchmarks.pipelines.peers import PEERS, autopipe_step
 from benchmarks.pipelines.rounds import plain_stage, timed_rounds
+from scenarios.sleepers import Sleeper, mean_square
 
 NAP_S, NUM_MICROBATCHES = 0.01, 8
 STAGES_A_RANK = {"1f1b": 1, "eager-1f1b": 1, "zb-h1": 1, "interleaved": 2}

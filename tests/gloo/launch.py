@@ -1,131 +1,129 @@
-"""Starts a function on several gloo processes, with a timeout that kills them all, and gives back what each returned."""
+"""Runs a function on several gloo processes that tests share, and plans quickly there unless a test asks for measurements.
+
+What a first engine of a process imports takes longer than most tests. Tests that kill ranks or look at how they end use `try_ranks`,
+which forks new ones.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing as mp
-import os
-import socket
+import atexit
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
-from unittest import mock
 
-_CONTEXT = mp.get_context("forkserver")
-_SERVERS = [forkserver.ForkServer() for _ in range(2)]
-for _server in _SERVERS:
-    _server.set_forkserver_preload(["torch", "torch.distributed", "autopipe", "tests.gloo.models"])
-EXIT_WITHIN_S = 10.0
+import torch
 
+from scenarios import launch
+from scenarios.launch import CONTEXT, EXIT_WITHIN_S, NUM_SEEDS, Results, free_port
+from tests.gloo.rank import planned_quickly, serve
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+launch.preload("pytest", "tests.gloo.rank")
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`function(*args)` on every rank; the results by rank.
+def run_ranks(
+    function: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    measured: bool = False,
+    fresh: bool = False,
+) -> list[Any]:
+    """Run `function(*args)` on every rank; return the results by rank.
+
+    Args:
+        measured: the engine measures what it plans; otherwise `quick_planning` stands in for that.
+        fresh: in processes that have run nothing before, for what depends on their memory, or changes them for good.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or the time is over; all ranks are killed.
     """
-    results = try_ranks(function, num_ranks, *args, timeout_s=timeout_s)
-    for rank, (kind, value) in enumerate(results):
-        if kind != "ok":
-            raise AssertionError(f"rank {rank} {kind}:\n{value}")
-    return [value for _, value in results]
+    attempt = try_ranks if fresh else _try_kept_ranks
+    return launch.values(attempt(function, num_ranks, *args, timeout_s=timeout_s, measured=measured))
 
 
-def run_in_turn(num_ranks: int, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[list[Any]]:
-    """Functions one after another in one launch, which is quicker than a launch each; for each call, the results by rank."""
-    ranks = run_ranks(_in_turn, num_ranks, list(calls), timeout_s=240.0)
+def run_in_turn(
+    num_ranks: int, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], *, measured: bool = False
+) -> list[list[Any]]:
+    """Run functions one after another in one launch, which is quicker than a launch each; return for each call the results by rank."""
+    ranks = run_ranks(_in_turn, num_ranks, list(calls), timeout_s=240.0, measured=measured)
     return [[rank[i] for rank in ranks] for i in range(len(calls))]
 
 
 def _in_turn(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-    import torch
-
     torch.distributed.init_process_group("gloo")  # so that no engine takes it along when it is closed
     return [function(*args) for function, args in calls]
 
 
 def try_ranks(
-    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0
-) -> list[tuple[str, Any]]:
-    """As `run_ranks`, but gives for each rank ("ok", result), ("raised", traceback), ("died", exit code) or ("hung", "")."""
-    pipes, processes = start_ranks(function, num_ranks, *args)
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0, measured: bool = False
+) -> Results:
+    """Run `function(*args)` on every rank, in new processes; return what came of each."""
+    job, arguments = (function, args) if measured else (planned_quickly, (function, *args))
+    return launch.try_ranks(job, num_ranks, *arguments, timeout_s=timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A process that runs one job after another."""
+
+    pipe: Connection
+    process: Any
+
+
+_IDLE: list[list[_Kept]] = [[] for _ in range(NUM_SEEDS)]
+
+
+def _try_kept_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float, measured: bool
+) -> Results:
+    """As `try_ranks`, in processes that are used again, unless one fails or cannot clean up."""
+    port, ranks = free_port(), [_idle(rank) for rank in range(num_ranks)]
+    job, arguments = (function, args) if measured else (planned_quickly, (function, *args))
+    pipes, processes = [kept.pipe for kept in ranks], [kept.process for kept in ranks]
+    clean = [False] * num_ranks
     try:
-        results = _collect(pipes, processes, time.monotonic() + timeout_s)
-        for rank, process in enumerate(processes):
-            process.join(EXIT_WITHIN_S)
-            if process.is_alive() and results[rank][0] != "hung":
-                results[rank] = ("did not exit after", results[rank])
+        for rank, pipe in enumerate(pipes):
+            pipe.send((job, arguments, rank, num_ranks, port))
+        results = launch.collect(pipes, processes, time.monotonic() + timeout_s)
+        if all(kind == "ok" for kind, _ in results):
+            told = launch.collect(pipes, processes, time.monotonic() + EXIT_WITHIN_S)
+            clean = [answer == ("clean", True) for answer in told]
+            results = [
+                ("did not end after", result) if answer[0] == "hung" else result
+                for result, answer in zip(results, told, strict=True)
+            ]
         return results
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        launch.end([kept.process for kept, again in zip(ranks, clean, strict=True) if not again])
+        for rank, (kept, again) in enumerate(zip(ranks, clean, strict=True)):
+            if again:
+                _IDLE[rank % NUM_SEEDS].append(kept)
+            else:
+                kept.pipe.close()
 
 
-def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tuple[list[Connection], list[Any]]:
-    """Starts `function(*args)` on every rank; the pipes over which the results come, and the processes, which are the caller's to end."""
-    port = free_port()
-    pipes, processes = [], []
-    for rank in range(num_ranks):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_main, args=(there, function, args, rank, num_ranks, port), daemon=True)
-        with _hashing_like(rank):
-            process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
-    return pipes, processes
+def _idle(rank: int) -> _Kept:
+    """Return a process for this rank: one that has nothing to do, or a new one."""
+    idle = _IDLE[rank % NUM_SEEDS]
+    while idle:
+        kept = idle.pop()
+        if kept.process.is_alive():
+            return kept
+        kept.pipe.close()
+    here, there = CONTEXT.Pipe()
+    kept = _Kept(here, launch.start_process(rank, serve, there))
+    there.close()
+    return kept
 
 
-@contextlib.contextmanager
-def _hashing_like(rank: int) -> Iterator[None]:
-    """Neighbouring ranks hash strings differently, as under torchrun, so that what depends on the order of a set differs too."""
-    number = rank % len(_SERVERS)
-    server, seed = _SERVERS[number], {"PYTHONHASHSEED": str(number + 1)}
-    connect = mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process)
-    with connect, mock.patch.dict(os.environ, seed):
-        yield
-
-
-def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[str, Any]]:
-    results: dict[int, tuple[str, Any]] = {}
-    while len(results) < len(pipes) and time.monotonic() < deadline:
-        open_pipes = [p for i, p in enumerate(pipes) if i not in results]
-        for ready in wait(open_pipes, timeout=max(0.0, deadline - time.monotonic())):
-            rank = pipes.index(ready)  # type: ignore[arg-type]
-            try:
-                results[rank] = ready.recv()  # type: ignore[union-attr]
-            except EOFError:
-                processes[rank].join(5)
-                results[rank] = ("died", processes[rank].exitcode)
-    return [results.get(i, ("hung", "")) for i in range(len(pipes))]
-
-
-def _main(pipe: Connection, function: Callable[..., Any], args: Any, rank: int, num_ranks: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    try:
-        pipe.send(("ok", function(*args)))
-    except BaseException:  # noqa: BLE001 (whatever it is, the parent is told)
-        pipe.send(("raised", traceback.format_exc()))
-    pipe.close()
+@atexit.register
+def _end_all() -> None:
+    for idle in _IDLE:
+        for kept in idle:
+            kept.pipe.close()
+        for kept in idle:
+            kept.process.join(EXIT_WITHIN_S)
+        launch.end([kept.process for kept in idle])
+        idle.clear()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopipe
+from scenarios.pipelines import make
 from tests.gloo.launch import run_ranks, try_ranks
-from tests.gloo.models import make
 
 LAYOUTS = {
     "1": (1, 1, 0),
@@ -228,7 +228,7 @@ def _full_disk() -> None:
 
 
 def test_a_failure_beside_training_is_raised_by_the_next_call_on_every_rank(tmp_path: Path) -> None:
-    for told in run_ranks(_fail_beside, 2, str(tmp_path)):
+    for told in run_ranks(_fail_beside, 2, str(tmp_path), fresh=True):
         assert len(told) == 2
         assert all("No space left" in t for t in told)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

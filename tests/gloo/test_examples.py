@@ -24,6 +24,7 @@ SHORT = {
     "transformers_gpt2": [],
     "convert_gpt2": ["--steps", "2", "--folder", "{tmp}"],
 }
+MEASURED = {"train_gpt", "resnet", "unet_skips"}
 LAUNCHED_OTHERWISE = {"resume": "tests/gloo/test_resume.py", "dry_run_7b": "tests/single/test_cli.py"}
 
 
@@ -46,4 +47,5 @@ def test_every_example_is_here_and_begins_with_its_command() -> None:
 @pytest.mark.parametrize("name", SHORT)
 def test_example(name: str, tmp_path: Path) -> None:
     num_ranks = int(re.findall(r"--nproc-per-node (\d)", _first_line(name))[0])
-    run_ranks(_run, num_ranks, str(EXAMPLES / f"{name}.py"), [a.format(tmp=tmp_path) for a in SHORT[name]])
+    arguments = [a.format(tmp=tmp_path) for a in SHORT[name]]
+    run_ranks(_run, num_ranks, str(EXAMPLES / f"{name}.py"), arguments, measured=name in MEASURED)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import autopipe
 from autopipe.engine.data_feed import batch_of
+from scenarios.pipelines import make
 from tests.gloo.launch import run_ranks
 from tests.gloo.logs import kept_warnings
-from tests.gloo.models import make
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

@@ -31,7 +31,7 @@ def measured(folder):
 
 
 def test_two_ranks_agree_and_measure_once(tmp_path):
-    (sizes, *links), (_, *others) = run_ranks(measured, 2, str(tmp_path), timeout_s=100)
+    (sizes, *links), (_, *others) = run_ranks(measured, 2, str(tmp_path), timeout_s=100, measured=True)
     assert links == others and all(isinstance(link, LinkProfile) and link.measured for link in links)
     assert links[0] == links[1] and links[2] != links[1]
     for link in links:
@@ -50,7 +50,7 @@ def third_rank(folder):
 
 
 def test_other_ranks_of_the_group_are_told(tmp_path):
-    first, *others = run_ranks(third_rank, 3, str(tmp_path), timeout_s=100)
+    first, *others = run_ranks(third_rank, 3, str(tmp_path), timeout_s=100, measured=True)
     assert all(other == first for other in others)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import autopipe
+from scenarios.pipelines import make
 from tests.gloo.launch import run_in_turn
-from tests.gloo.models import make
 from tests.gloo.plain import relative_error
 
 ADAM = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4, weight_decay=0.1)

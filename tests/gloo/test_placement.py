@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from scenarios.pipelines import make
 from tests.gloo.launch import run_in_turn, run_ranks
-from tests.gloo.models import make
 from tests.gloo.plain import plain_step, relative_error
 
 BATCH = 12

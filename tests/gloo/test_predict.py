@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import autopipe
 import autopipe.engine.step.program_cache as program_cache
+from scenarios.pipelines import TiedGPT, make
 from tests.gloo.launch import run_in_turn
-from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error
 
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -15,8 +15,8 @@ import autopipe
 from autopipe.engine.step.clock import Span
 from autopipe.engine.step.step_stats import transfer_times_us
 from autopipe.schedule import Action
+from scenarios.pipelines import TiedGPT, token_loss
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, token_loss
 
 
 def report(num_microbatches: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def report(num_microbatches: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_microbatches", [2, 6])
 def test_a_stage_holds_what_was_expected(num_microbatches: int) -> None:
-    found = run_ranks(report, 2, num_microbatches)[0]
+    found = run_ranks(report, 2, num_microbatches, measured=True)[0]
     assert found["plan"]["link"]["buffered"]  # ranks of one host: neither holds a message that is under way
     for planned, measured in zip(found["plan"]["stages"], found["measured"], strict=True):
         assert measured["peak_bytes"] == pytest.approx(planned["expected_peak_bytes"], rel=0.03)

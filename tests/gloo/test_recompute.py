@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scenarios.pipelines import TiedGPT, make, token_loss
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, make, token_loss
 from tests.gloo.plain import plain_step, relative_error
 
 
@@ -81,7 +81,7 @@ def _measure(shares: list[float]) -> list[dict[str, Any]]:
 
 
 def test_the_memory_that_is_measured_obeys_the_limit() -> None:
-    ranks = run_ranks(_measure, 2, [1.0, 0.6])
+    ranks = run_ranks(_measure, 2, [1.0, 0.6], measured=True, fresh=True)
     for free, *capped in ranks:
         for result in capped:
             assert result["loss"] == pytest.approx(free["loss"], rel=1e-6)

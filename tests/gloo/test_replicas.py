@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scenarios.pipelines import TiedGPT, make, token_loss
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, make, token_loss
 from tests.gloo.plain import plain_step, relative_error
 
 BATCH = 12

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autopipe.schedule import Costs, Edge, build_schedule
 from autopipe.simulate import simulate_schedule
-from benchmarks.pipelines.models import Sleeper, mean_square
+from scenarios.sleepers import Sleeper, mean_square
 from tests.gloo.launch import run_ranks
 
 NAP_S, NUM_RANKS, NUM_MICROBATCHES = 0.012, 4, 8

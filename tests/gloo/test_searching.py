@@ -98,7 +98,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[Any]]:
-    return dict(zip(CASES, run_in_turn(4, [(_train, case) for case in CASES.values()]), strict=True))
+    return dict(zip(CASES, run_in_turn(4, [(_train, case) for case in CASES.values()], measured=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

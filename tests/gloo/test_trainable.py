@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
+from scenarios.pipelines import TiedGPT, token_loss
 from tests.gloo.launch import run_in_turn
-from tests.gloo.models import TiedGPT, token_loss
 from tests.gloo.plain import plain_step, relative_error
 
 STEPS, ROWS, MICROBATCHES = 3, 8, 4

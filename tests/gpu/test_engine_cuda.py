@@ -15,8 +15,8 @@ import autopipe
 from autopipe.engine.ranks.context import make_context
 from autopipe.engine.step.split_backward import Division, input_gradients
 from autopipe.engine.transport.p2p import Transport
+from scenarios.pipelines import NAMES, Block, make
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import NAMES, Block, make
 from tests.gloo.plain import plain_step, relative_error
 from tests.gloo.test_transport import samples, spec_of
 
@@ -135,7 +135,7 @@ def _exchange() -> dict[str, bool]:
 
 @several_devices
 def test_every_kind_of_tensor_arrives_over_nccl() -> None:
-    for same in run_ranks(_exchange, 2):
+    for same in run_ranks(_exchange, 2, fresh=True):
         assert all(same.values()), same
 
 
@@ -163,6 +163,8 @@ def _peak_bytes(num_microbatches: int) -> int:
 
 @several_devices
 def test_buffers_do_not_grow_with_the_number_of_microbatches() -> None:
-    few, many = (run_ranks(_peak_bytes, min(torch.cuda.device_count(), 4), count) for count in (8, 64))
+    few, many = (
+        run_ranks(_peak_bytes, min(torch.cuda.device_count(), 4), count, measured=True, fresh=True) for count in (8, 64)
+    )
     for a, b in zip(few, many, strict=True):
         assert b <= 1.1 * a + 2**20

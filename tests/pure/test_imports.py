@@ -1,4 +1,7 @@
-"""Imports point one way: a file may import what stands before it in the order below, and nothing that stands after it."""
+"""Imports point one way: a file may import what stands before it in the order below, and nothing that stands after it.
+
+Tests and benchmarks do not import each other; what both need is in `scenarios/`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,22 @@ ORDER = [
     "autopipe.plan",
     "autopipe.cost",
     "autopipe.simulate",
+    "autopipe.partition.effort",
+    "autopipe.partition.bounds",
+    "autopipe.partition.timing",
+    "autopipe.partition.baselines",
+    "autopipe.partition.graph",
+    "autopipe.partition.constraints",
+    "autopipe.partition.memory",
+    "autopipe.partition.arguments",
+    "autopipe.partition.problem",
+    "autopipe.partition.dp",
+    "autopipe.partition.infeasible",
+    "autopipe.partition.search",
+    "autopipe.partition.assemble",
+    "autopipe.partition.planner",
+    "autopipe.partition.cluster",
+    "autopipe.partition.api",
     "autopipe.partition",
     "autopipe.report",
     "autopipe.capture",
@@ -25,6 +44,16 @@ ORDER = [
     "autopipe.stages",
     "autopipe.config",
     "autopipe.checkpoint",
+    "autopipe.engine.failures",
+    "autopipe.engine.ranks",
+    "autopipe.engine.transport",
+    "autopipe.engine.state",
+    "autopipe.engine.step",
+    "autopipe.engine.setup",
+    "autopipe.engine.data_feed",
+    "autopipe.engine.introspection",
+    "autopipe.engine.training_loop",
+    "autopipe.engine.engine",
     "autopipe.engine",
     "autopipe.api",
     "autopipe",
@@ -67,8 +96,14 @@ def _imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            module = node.module or ""
+            found |= {f"{module}.{a.name}" if _is_module(f"{module}.{a.name}") else module for a in node.names}
     return found
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def _layer(module: str) -> int:
@@ -95,3 +130,15 @@ def test_pure_files_import_no_torch(place: str) -> None:
             assert imported.split(".")[0] != "torch", f"{path} imports {imported}"
             if imported.split(".")[0] == "profiler":
                 assert imported in PLAIN_PROFILER, f"{path} imports {imported}, which needs torch"
+
+
+@pytest.mark.parametrize(
+    ("place", "refused"),
+    [("tests", {"benchmarks"}), ("benchmarks", {"tests"}), ("scenarios", {"benchmarks", "tests"})],
+)
+def test_tests_and_benchmarks_do_not_import_each_other(place: str, refused: set[str]) -> None:
+    files = _files(place)
+    assert files
+    for path in files:
+        for imported in _imports(path):
+            assert imported.split(".")[0] not in refused, f"{path} imports {imported}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from partition_reference import crossings, loads_us, peaks_bytes, random_profile, step_us
+from partition_reference import crossings, loads_us, peaks_bytes, step_us
 
 from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.errors import PartitionError
@@ -17,6 +17,7 @@ from autopipe.partition import partition
 from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_time, pipedream
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
+from scenarios.random_profiles import random_profile
 
 LINK = LinkProfile(latency_us=1.0, bytes_per_us=500.0, overlap=0.5)
 

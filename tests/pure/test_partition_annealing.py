@@ -6,7 +6,6 @@ from random import Random
 
 import numpy as np
 import pytest
-from partition_reference import random_profile
 
 from autopipe.cost import build_cost_graph, stage_costs
 from autopipe.partition import partition
@@ -17,6 +16,7 @@ from autopipe.partition.problem import Problem
 from autopipe.partition.search.annealing import FROM_ANYWHERE, FROM_BEST, Cooling, Walk, annealed, step_peak
 from autopipe.simulate import h_bound_us
 from profiler.records import LinkProfile
+from scenarios.random_profiles import random_profile
 
 LINK = LinkProfile(latency_us=0.0, bytes_per_us=400.0, overlap=0.0)
 

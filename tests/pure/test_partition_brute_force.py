@@ -1,13 +1,14 @@
-"""The arrays of `benchmarks/brute_force.py` against loops over one assignment after another."""
+"""The arrays of `scenarios/assignments.py` against loops over one assignment after another."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from partition_reference import loads_us, monotone_assignments, peaks_bytes, random_profile, step_us
+from partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
-from benchmarks.brute_force import assignments, costs, steps_us
 from profiler.records import LinkProfile
+from scenarios.assignments import assignments, costs, steps_us
+from scenarios.random_profiles import random_profile
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from partition_reference import crossings, interval_assignments, loads_us, peaks_bytes, random_profile
+from partition_reference import crossings, interval_assignments, loads_us, peaks_bytes
 
 from autopipe.cost import build_cost_graph
 from autopipe.partition.effort import Effort
@@ -15,6 +15,7 @@ from autopipe.partition.memory.model import MemoryModel
 from autopipe.partition.problem import Problem
 from autopipe.partition.search.bottleneck import split_order
 from profiler.records import LinkProfile
+from scenarios.random_profiles import random_profile
 
 
 @pytest.mark.parametrize("capped", [False, True])

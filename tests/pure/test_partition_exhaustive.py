@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, IntArray, build_cost_graph
 from autopipe.partition import partition
@@ -16,6 +15,7 @@ from autopipe.partition.problem import Problem
 from autopipe.partition.search.exhaustive import shortest_of_all
 from autopipe.partition.search.shortest_step import StepTimeCache
 from profiler.records import LinkProfile
+from scenarios.random_profiles import random_profile
 
 
 def every_assignment(graph: CostGraph, num_stages: int) -> list[IntArray]:

@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph, stage_costs
 from autopipe.partition import partition
@@ -22,6 +21,7 @@ from autopipe.partition.problem import Problem
 from autopipe.partition.search.bottleneck import first_splits
 from autopipe.partition.timing import ranked_step_us, simulated_step_us
 from profiler.records import LinkProfile, NodeProfile, Profile
+from scenarios.random_profiles import random_profile
 
 
 def idle_profile(seed: int, num_nodes: int) -> Profile:
@@ -83,8 +83,8 @@ def test_a_dry_window_holds_every_down_set() -> None:
                 start[0, v] = True
         pool = Lattice(graph).window(start, low, high, 2000, 0.0, random.Random(0), local=False)
         found = sorted(np.flatnonzero(pool.whole(i)).tolist() for i in range(len(pool.work)))
-        if pool.complete:
-            assert found == sorted(every)
+        assert pool.complete, seed
+        assert found == sorted(every)
 
 
 def test_what_is_proved_is_the_optimum() -> None:

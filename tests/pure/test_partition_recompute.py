@@ -7,7 +7,6 @@ import itertools
 
 import numpy as np
 import pytest
-from partition_reference import random_profile
 
 from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.cost.graph import StageDevices
@@ -19,6 +18,7 @@ from autopipe.partition.memory.recompute import with_recompute
 from autopipe.partition.problem import Problem
 from autopipe.partition.search.shortest_step import StepTimeCache
 from profiler.records import LinkProfile, NodeProfile, Profile
+from scenarios.random_profiles import random_profile
 
 LINK = LinkProfile(latency_us=0.3, bytes_per_us=4000.0, overlap=0.5)
 

@@ -18,7 +18,7 @@ from autopipe.report.page.events import MAX_EVENTS, compact
 from autopipe.report.page.tree import module_tree
 from autopipe.simulate import simulate
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
-from tests.pure.chromium import PROGRAM, Browser
+from scenarios.chromium import PROGRAM, Browser
 
 MIB = 2**20
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")

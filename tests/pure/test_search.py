@@ -91,20 +91,22 @@ def test_what_is_dear_stays_within_a_node() -> None:
 def test_memory_decides_where_it_must() -> None:
     profile = chain(param_mib=64)  # 1 GiB of parameters, 4 GiB with gradients and Adam
     roomy = Cluster.even(4, LINK, device=Device(memory_bytes=8192 * MIB))
-    free = search([profile], roomy, SearchSpace(global_batch=16))
+    free = search([profile], roomy, SearchSpace(global_batch=16), time_budget_s=1.0)
     small = Cluster.even(4, LINK, device=Device(memory_bytes=1400 * MIB))
-    found = search([profile], small, SearchSpace(global_batch=16))
+    found = search([profile], small, SearchSpace(global_batch=16), time_budget_s=1.0)
     assert found.num_stages >= 2 and found.step_us >= free.step_us
     assert max(rank_peak_bytes(found)) <= 1400 * MIB
     tiny = Cluster.even(4, LINK, device=Device(memory_bytes=500 * MIB))
     with pytest.raises(PartitionError, match=r"no way to use the 4 devices.*remedy"):
-        search([profile], tiny, SearchSpace(global_batch=16))
+        search([profile], tiny, SearchSpace(global_batch=16), time_budget_s=1.0)
 
 
 def test_uneven_devices_get_work_by_their_speed_and_memory() -> None:
     fast, slow = Device(speed=3.0), Device(speed=1.0)
     cluster = Cluster(nodes=((slow, fast),), within=LINK, between=LINK)
-    found = search([chain(32)], cluster, SearchSpace(global_batch=32, data_parallel=1, schedules=("1f1b",)))
+    found = search(
+        [chain(32)], cluster, SearchSpace(global_batch=32, data_parallel=1, schedules=("1f1b",)), time_budget_s=1.0
+    )
     sizes = [len(stage.nodes) for stage in found.stages]
     assert max(sizes) == pytest.approx(24, abs=2)
     assert found.imbalance < 0.1

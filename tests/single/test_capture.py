@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autopipe
 from autopipe.capture.regions import region_of
-from tests.gloo.models import NAMES, make
+from scenarios.pipelines import NAMES, make
 
 
 @dataclasses.dataclass

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import autopipe
 from autopipe.errors import CaptureError
 from autopipe.stages import cut, stage_module
-from benchmarks.coverage.compare import check
-from tests.single.hard_cases import CASES, WIDTH, Detector, Experts, Net, OneStageDetector, ReadsValue, Speech
+from scenarios.comparison import check
+from scenarios.hard_cases import CASES, WIDTH, Detector, Experts, Net, OneStageDetector, ReadsValue, Speech
 
 REFUSED = {
     "layer drop drawn by Python": "random numbers drawn by Python",

@@ -15,7 +15,7 @@ from autopipe.capture.materialise import materialise
 from autopipe.checkpoint import open_weights
 from autopipe.errors import CheckpointError, ConfigError
 from autopipe.placement import owners, with_unread
-from tests.gloo.models import make
+from scenarios.pipelines import make
 
 
 def on_meta(name: str) -> tuple[nn.Module, Any]:

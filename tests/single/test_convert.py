@@ -16,7 +16,7 @@ from torch import nn
 import autopipe
 from autopipe.checkpoint import Reader, convert, newest, open_weights
 from autopipe.cli import main
-from tests.gloo.models import TiedGPT, make
+from scenarios.pipelines import TiedGPT, make
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
 
@@ -146,7 +146,7 @@ import sys
 from pathlib import Path
 import torch
 from autopipe.checkpoint import convert, open_weights
-from benchmarks.durability.memory import resident, restart_peak
+from scenarios.resident_memory import resident, restart_peak
 folder = Path(sys.argv[1])
 torch.save({str(i): torch.full((1024, 1024), float(i)) for i in range(2)}, folder / "small.pt")
 def there_and_back(name):

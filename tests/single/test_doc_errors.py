@@ -16,7 +16,9 @@ import autopipe
 import profiler
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "user-guide.md").read_text()
-SHOWN_ELSEWHERE = {"EngineError: rank 0 calls …, rank 1 calls …": "needs two ranks: tests/gloo/test_failures.py"}
+SHOWN_ELSEWHERE = {
+    "EngineError: rank 0 calls …, rank 1 calls …": "needs two ranks: tests/gloo/test_errors_on_every_rank.py"
+}
 
 
 class Model(nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import autopipe
 from autopipe.engine.step.microbatch import normalised, raw_weights, split
-from tests.gloo.models import make
+from scenarios.pipelines import make
 
 
 def test_a_plain_loop_with_an_optimizer_of_ones_own() -> None:
@@ -104,7 +106,7 @@ def test_a_loss_function_may_run_any_python() -> None:
     assert len(seen) == before + 2
 
 
-def test_report_and_trace(tmp_path: object) -> None:
+def test_report_and_trace(tmp_path: Path) -> None:
     model, args, _, target, loss_fn = make("gpt", 8)
     engine = autopipe.pipeline(model, loss_fn=loss_fn)
     engine.train_batch(*args, target=target)
@@ -113,6 +115,14 @@ def test_report_and_trace(tmp_path: object) -> None:
         engine.train_batch(*args, target=target)
     assert "Predicted beside measured" in engine.report()
     engine.trace(f"{tmp_path}/trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {(e["name"], e["args"]["name"]) for e in events if e["ph"] == "M" and "name" in e["args"]}
+    assert names >= {("process_name", "rank 0"), ("thread_name", "compute")}
+    forward, backward = (e for e in events if e["ph"] == "X")  # one micro-batch of the last step
+    assert [(e["name"], e["cat"]) for e in (forward, backward)] == [("0F0", "forward"), ("0B0", "backward")]
+    assert forward["args"] == {"stage": 0, "microbatch": 0, "peer": -1}
+    assert forward["dur"] > 0 and backward["dur"] > 0
+    assert forward["ts"] + forward["dur"] <= backward["ts"]
 
 
 def test_a_batch_is_split_along_its_first_dimension_only_where_that_is_the_batch() -> None:

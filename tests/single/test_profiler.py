@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import profiler
 from profiler import ProfileError
 from profiler.nodes import NodeTimer
-from tests.single.profiler_models import Block, Gpt, cases, quick
+from tests.models.graphs import Block, Gpt, cases, quick
 
 CASES = cases()
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")

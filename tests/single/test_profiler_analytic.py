@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import profiler
 from profiler import DeviceSpec, ProfileError
 from profiler.devices import DEVICES, efficiency_of
-from tests.single.profiler_models import Gpt, cases
+from tests.models.graphs import Gpt, cases
 
 CASES = cases()
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import profiler
 from profiler.nodes import NodeTimer
-from tests.single.profiler_models import Gpt
+from tests.models.graphs import Gpt
 
 
 @pytest.fixture

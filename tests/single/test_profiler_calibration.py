@@ -11,7 +11,7 @@ from profiler.nodes import NodeTimer
 from profiler.records import NodeProfile, SegmentProfile
 from profiler.tensors import ModelTensors
 from profiler.walk import Walk
-from tests.single.profiler_models import Gpt, quick
+from tests.models.graphs import Gpt, quick
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 

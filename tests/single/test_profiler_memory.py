@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import profiler
 from profiler.memory import peak_memory
-from tests.single.profiler_models import Gpt, cases
+from tests.models.graphs import Gpt, cases
 
 CASES = cases()
 

@@ -12,7 +12,7 @@ import profiler
 from profiler import tensors as tensors_file
 from profiler import walk
 from profiler.nodes import NodeTimer
-from tests.single.profiler_models import Gpt, cases
+from tests.models.graphs import Gpt, cases
 
 MEASURED = ("forward_us", "backward_us", "spread", "workspace_bytes")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autopipe
 from profiler.memory import peak_memory
-from tests.gloo.models import ResNet, TiedGPT, token_loss
+from scenarios.pipelines import ResNet, TiedGPT, token_loss
 
 MIB = 2.0**20
 

@@ -15,7 +15,7 @@ from autopipe.capture import Captured
 from autopipe.errors import PlanError
 from autopipe.placement import follow, owners
 from autopipe.stages import MODEL_INPUT, StageModule, StageSpec, cut, edges_of, stage_module
-from tests.gloo.models import NAMES, make
+from scenarios.pipelines import NAMES, make
 from tests.single.test_capture import Autocast, Checkpointed
 
 

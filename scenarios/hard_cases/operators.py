@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.single.hard_cases.registry import WIDTH, case
+from scenarios.hard_cases.registry import WIDTH, case
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.single.hard_cases.registry import WIDTH, case, model_case
+from scenarios.hard_cases.registry import WIDTH, case, model_case
 
 # -- modes -------------------------------------------------------------------------------------------------------------
 

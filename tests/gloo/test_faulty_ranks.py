@@ -1,7 +1,11 @@
-"""A small part of `benchmarks/durability faults`, and ranks that end the run in other ways."""
+"""Ranks that fail in one phase of a step (a small part of `benchmarks/durability faults`), leave early, differ in version, or are slow.
+
+The right rank is named on all others. What a user does wrong is in `test_errors_on_every_rank.py`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any
@@ -11,31 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.durability.faults import run
+from tests.gloo.durability import ran
 from tests.gloo.launch import run_ranks
 from tests.gloo.logs import kept_warnings
 
+FAULTS = [
+    {"world": 3, "rank": 2, "phase": "backward", "how": "raise", "shared_memory": True},
+    {"world": 2, "rank": 1, "phase": "between steps", "how": "raise", "shared_memory": False},
+    {"world": 4, "rank": 2, "phase": "data", "how": "raise", "shared_memory": True},
+    {"world": 2, "rank": 0, "phase": "optimizer", "how": "kill", "shared_memory": False},
+    {"world": 3, "rank": 1, "phase": "forward", "how": "kill", "shared_memory": True},
+    {"world": 3, "rank": 0, "phase": "forward", "how": "stop", "shared_memory": True},
+    {"world": 2, "rank": 1, "phase": "loss", "how": "slow", "shared_memory": False},
+    {"world": 2, "rank": 1, "phase": "forward", "how": "hold the lock", "shared_memory": True},
+]
 
-@pytest.mark.parametrize(
-    ("world", "rank", "phase", "how", "shared_memory"),
-    [
-        (3, 2, "backward", "raise", True),
-        (2, 1, "between steps", "raise", False),
-        (4, 2, "data", "raise", True),
-        (2, 0, "optimizer", "kill", False),
-        (3, 1, "forward", "kill", True),
-        (3, 0, "forward", "stop", True),
-        (2, 1, "loss", "slow", False),
-        (2, 1, "forward", "hold the lock", True),
-    ],
-)
-def test_the_right_rank_is_named_in_time(
-    monkeypatch: pytest.MonkeyPatch, world: int, rank: int, phase: str, how: str, shared_memory: bool
-) -> None:
-    monkeypatch.setenv("AUTOPIPE_SHARED_MEMORY", str(int(shared_memory)))
-    outcome = run({"world": world, "rank": rank, "phase": phase, "how": how})
-    assert not outcome.wrong, outcome.wrong
-    assert outcome.orphans == 0
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What came of each fault, in the order of `FAULTS`."""
+    return ran("faults", "--only", json.dumps(FAULTS), folder=tmp_path_factory.mktemp("faults"))["faults"]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[" ".join(map(str, f.values())) for f in FAULTS])
+def test_the_right_rank_is_named_in_time(outcomes: list[dict[str, Any]], number: int) -> None:
+    outcome = outcomes[number]
+    assert outcome["fault"] == FAULTS[number]
+    assert not outcome["wrong"], outcome["wrong"]
+    assert outcome["orphans"] == 0
 
 
 def _train(what: str) -> str:
@@ -111,6 +118,6 @@ def _slow_after_planning() -> list[str]:
 
 
 def test_a_stage_that_is_slower_than_its_plan_is_warned_about() -> None:
-    first, second = run_ranks(_slow_after_planning, 2, timeout_s=90)
+    first, second = run_ranks(_slow_after_planning, 2, timeout_s=90, measured=True)
     assert not second
     assert any("stage 1 on rank 1 is slow" in w and "a micro-batch where its plan" in w for w in first), first

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from tests.single.hard_cases.registry import WIDTH, case
+from scenarios.hard_cases.registry import WIDTH, case
 
 
 def _parameter_lists(m: nn.Module) -> None:

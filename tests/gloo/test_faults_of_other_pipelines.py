@@ -1,5 +1,7 @@
-"""Faults that were seen in torch's and DeepSpeed's pipelines, each run here on two ranks; the table in `docs/comparison.md` names these
-tests and those elsewhere."""
+"""Faults that were seen in torch's and DeepSpeed's pipelines: none of them is in this one. Nothing fails here but the others.
+
+The table in `docs/comparison.md` names these tests and those elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autopipe
+from scenarios.pipelines import TiedGPT, make
 from tests.gloo.launch import run_ranks
-from tests.gloo.models import TiedGPT, make
 from tests.gloo.plain import plain_step, relative_error
 
 SGD = partial(torch.optim.SGD, lr=0.1)

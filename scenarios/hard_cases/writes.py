@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.single.hard_cases.registry import WIDTH, case, model_case
+from scenarios.hard_cases.registry import WIDTH, case, model_case
 
 # -- in place and views ------------------------------------------------------------------------------------------------
 

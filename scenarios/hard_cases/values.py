@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.single.hard_cases.registry import CASES, WIDTH, case, x
+from scenarios.hard_cases.registry import CASES, WIDTH, case, x
 
 # -- values that Python reads ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.single.hard_cases.registry import WIDTH, case
+from scenarios.hard_cases.registry import WIDTH, case
 
 Pair = namedtuple("Pair", ["left", "right"])
 

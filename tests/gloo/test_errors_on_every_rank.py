@@ -1,4 +1,7 @@
-"""Bad input and failing ranks: one named error with its remedy on every rank, soon, and no process left behind."""
+"""Mistakes of the user, and a stage that raises or dies: one named error with its remedy on every rank, soon.
+
+Faults in every phase of a step are in `test_faulty_ranks.py`.
+"""
 
 from __future__ import annotations
 
