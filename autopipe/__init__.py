@@ -1,6 +1,7 @@
 """Pipeline parallelism for any PyTorch model, unchanged."""
 
 from autopipe import _own_profiler as _own_profiler  # isort: skip (it is checked before anything imports it)
+from autopipe._version import __version__ as __version__
 from autopipe.api import pipeline
 from autopipe.capture import Captured, capture
 from autopipe.cluster import Cluster

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import autopipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +40,7 @@ def test_a_profiler_of_the_users_is_named(tmp_path: Path, file: str, before: str
 
 def test_without_one_it_imports(tmp_path: Path) -> None:
     assert _run(tmp_path, "import autopipe, profiler\nassert profiler.profile\n").returncode == 0
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert autopipe.__version__ == importlib.metadata.version("torch-autopipe")
