@@ -1,4 +1,5 @@
-"""Checks on import that `profiler` is the package that comes with autopipe, and not a file of the user's with that name."""
+"""Checks on import that `profiler` is the package that comes with autopipe, and not a file of the user's with that
+name."""
 
 from __future__ import annotations
 

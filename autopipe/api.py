@@ -51,14 +51,15 @@ def pipeline(
 ) -> Engine:
     """Makes an engine that trains `model` as a pipeline over the processes of the launch.
 
-    `autopipe.pipeline(model)` alone is enough: the model is captured and planned at the first batch. Every rank makes the
-    same call. Outside of torchrun it runs on one process with one stage.
+    `autopipe.pipeline(model)` alone is enough: the model is captured and planned at the first batch. Every rank makes
+    the same call. Outside of torchrun it runs on one process with one stage.
 
     Args:
-        model: any module, with the same parameters on every rank; its own `Parameter` objects are trained, and each rank keeps
-            those of its stages alone. On the meta device each rank makes these alone: from `weights`, or by the model's own code.
-        example_args, example_kwargs, example_target: a whole batch, as `train_batch` takes it; with it the model is planned
-            at once, so that `engine.parameters()` and `engine.plan` are there before the first step.
+        model: any module, with the same parameters on every rank; its own `Parameter` objects are trained, and each
+            rank keeps those of its stages alone. On the meta device each rank makes these alone: from `weights`, or by
+            the model's own code.
+        example_args, example_kwargs, example_target: a whole batch, as `train_batch` takes it; with it the model is
+            planned at once, so that `engine.parameters()` and `engine.plan` are there before the first step.
 
     The other arguments are the fields of `autopipe.PipelineConfig`.
 

@@ -28,8 +28,8 @@ class Device:
 
     Attributes:
         speed: how much faster it is than the device of the profile, or than the others of its kind.
-        kind: a device that `profiler.estimate` knows, such as `h100`: a profile of another device is scaled to it. Empty: the
-            device of the profile.
+        kind: a device that `profiler.estimate` knows, such as `h100`: a profile of another device is scaled to it.
+            Empty: the device of the profile.
         memory_bytes: its memory; 0: no limit.
     """
 

@@ -24,47 +24,50 @@ PRECISIONS = ("fp32", "bf16", "bf16-params", "fp16")
 class PipelineConfig:
     """The settings of a pipeline. `"auto"` leaves the choice to autopipe.
 
-    On several processes, where `num_stages` and one of `data_parallel` and `num_microbatches` are `auto`, the planner searches
-    stages x replicas x micro-batches x schedule x recompute x ZeRO for the shortest step of the first batch on these processes that
-    fits into their memory, and what is given of these stays as it is. Split points, a plan, or `shard_batch=False` leave no such choice.
+    On several processes, where `num_stages` and one of `data_parallel` and `num_microbatches` are `auto`, the planner
+    searches stages x replicas x micro-batches x schedule x recompute x ZeRO for the shortest step of the first batch on
+    these processes that fits into their memory, and what is given of these stays as it is. Split points, a plan, or
+    `shard_batch=False` leave no such choice.
 
     Attributes:
         loss_fn: `loss_fn(output, target) -> scalar`; None: the model returns its loss.
-        optimizer: `params -> Optimizer`; a function whose first argument is called `named_parameters` gets (name, parameter)
-            pairs of this rank, for parameter groups by name. None: the engine only leaves gradients.
+        optimizer: `params -> Optimizer`; a function whose first argument is called `named_parameters` gets (name,
+            parameter) pairs of this rank, for parameter groups by name. None: the engine only leaves gradients.
         lr_scheduler: `optimizer -> LRScheduler`, stepped after each optimizer step.
-        num_stages: number of stages; `auto`, where nothing is searched: one for each process of a replica. A multiple of it puts
-            several on each process.
-        num_microbatches: number of micro-batches in a replica's share of the batch; `auto`, where nothing is searched: four for each
-            stage, as far as the batch has samples.
-        schedule: `1f1b`, `eager-1f1b` (hides transfers, holds more activations), `gpipe`, `interleaved` (with several stages a
-            process), or `zb-h1`; `auto`: interleaved with several stages a process, otherwise the fastest of the others by the
-            simulator.
-        data_parallel: replicas of the pipeline; `auto`, where nothing is searched: as many as the processes allow for `num_stages`,
-            1 where that is `auto`.
-        zero_stage: 1 shards the optimizer state over the replicas; `auto`: where the memory limit demands it, or the plan says so.
-        shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a share of
-            its own, as with `engine.sampler(dataset)`.
-        precision: `fp32` (the parameters' own dtype), `bf16` (autocast), `bf16-params` (autocast, parameters rounded to bf16, fp32
-            master copies in the optimizer, fp32 gradients), or `fp16` (autocast, with loss scaling).
+        num_stages: number of stages; `auto`, where nothing is searched: one for each process of a replica. A multiple
+            of it puts several on each process.
+        num_microbatches: number of micro-batches in a replica's share of the batch; `auto`, where nothing is searched:
+            four for each stage, as far as the batch has samples.
+        schedule: `1f1b`, `eager-1f1b` (hides transfers, holds more activations), `gpipe`, `interleaved` (with several
+            stages a process), or `zb-h1`; `auto`: interleaved with several stages a process, otherwise the fastest of
+            the others by the simulator.
+        data_parallel: replicas of the pipeline; `auto`, where nothing is searched: as many as the processes allow for
+            `num_stages`, 1 where that is `auto`.
+        zero_stage: 1 shards the optimizer state over the replicas; `auto`: where the memory limit demands it, or the
+            plan says so.
+        shard_batch: every rank passes the whole batch, and each replica takes its share; False: each replica passes a
+            share of its own, as with `engine.sampler(dataset)`.
+        precision: `fp32` (the parameters' own dtype), `bf16` (autocast), `bf16-params` (autocast, parameters rounded to
+            bf16, fp32 master copies in the optimizer, fp32 gradients), or `fp16` (autocast, with loss scaling).
         accumulate_batches: calls of `train_batch` for one optimizer step, made with the mean of their gradients.
         predict_on: `predict` gives the output on `all` ranks, or on the `last` stage's alone and None elsewhere.
         compile: compile each stage with `torch.compile`.
         max_grad_norm: gradients are scaled down to this norm over all stages; None: not at all.
-        loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments otherwise;
-            None: its number of samples.
+        loss_weight: weight of a micro-batch, from its target where one is given and from its keyword arguments
+            otherwise; None: its number of samples.
         self_check: replay one micro-batch through model and graph and compare.
-        recompute: `auto`: activations are computed again as far as the memory limit demands, the cheapest first; `none`: never;
-            `full`: every stage as a whole.
-        memory_limit: bytes that a stage may hold; None: the device's memory on CUDA; on a CPU no limit, and in a search the
-            process's share of the host's memory.
+        recompute: `auto`: activations are computed again as far as the memory limit demands, the cheapest first;
+            `none`: never; `full`: every stage as a whole.
+        memory_limit: bytes that a stage may hold; None: the device's memory on CUDA; on a CPU no limit, and in a search
+            the process's share of the host's memory.
         split_points: FQNs of submodules at which a new stage begins, in the place of the planner's cuts.
         constraints: modules that stay together on a stage, or stand alone, first or last; an `autopipe.Constraints`.
         plan: a plan to use, or the path of one.
-        weights: pretrained weights by the model's names, of which each rank reads its own: a safetensors or torch file, the index
-            of several, a folder that holds either, a checkpoint of autopipe, or a state dict. None: the model's own; what is on the
-            meta device is initialised by its modules' `reset_parameters`, from `seed`.
-        device: where this process's stage runs; None: the CUDA device of `LOCAL_RANK` where there is one, otherwise the CPU.
+        weights: pretrained weights by the model's names, of which each rank reads its own: a safetensors or torch file,
+            the index of several, a folder that holds either, a checkpoint of autopipe, or a state dict. None: the
+            model's own; what is on the meta device is initialised by its modules' `reset_parameters`, from `seed`.
+        device: where this process's stage runs; None: the CUDA device of `LOCAL_RANK` where there is one, otherwise the
+            CPU.
         seed: random state from which every step's dropout follows; None: the generator's own state.
     """
 
@@ -113,7 +116,8 @@ class PipelineConfig:
                 f"zero_stage = {self.zero_stage}",
                 expected="0 or 1",
                 where="autopipe.pipeline()",
-                remedy="use zero_stage=1: under pipelining the communication of ZeRO-2 and 3 would recur for every micro-batch",
+                remedy="use zero_stage=1: under pipelining the communication of ZeRO-2 and 3 would recur for every "
+                "micro-batch",
             )
         if self.zero_stage not in ("auto", 0, 1):
             raise _wrong("zero_stage", self.zero_stage, "'auto', 0 or 1")
@@ -149,7 +153,8 @@ def _not_made(value: Any) -> ConfigError:
         f"optimizer = a {type(value).__name__}",
         expected="a function that makes one optimizer over the parameters of a stage",
         where="autopipe.pipeline()",
-        remedy="pass functools.partial(torch.optim.AdamW, lr=1e-3); what several optimizers would differ in, put into parameter "
+        remedy="pass functools.partial(torch.optim.AdamW, lr=1e-3); what several optimizers would differ in, put "
+        "into parameter "
         "groups: a function of `named_parameters`",
     )
 

@@ -1,4 +1,5 @@
-"""The named errors of autopipe, one class for each phase; each says what was got, what was expected, where, and the remedy."""
+"""The named errors of autopipe, one class for each phase; each says what was got, what was expected, where, and the
+remedy."""
 
 from profiler.errors import DescribedError as AutopipeError
 from profiler.errors import ProfileError

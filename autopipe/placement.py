@@ -1,4 +1,5 @@
-"""Where the nodes of another graph of the same model go: evaluation and other shapes follow the parameters that a plan has placed."""
+"""Where the nodes of another graph of the same model go: evaluation and other shapes follow the parameters that a plan
+has placed."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def owners(captured: Captured, stage_of: Mapping[str, int]) -> dict[str, tuple[i
 def with_unread(
     model: nn.Module, owned: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
-    """Gives parameters and buffers that the planned graph does not read to the stage of their nearest relatives by name."""
+    """Gives parameters and buffers that the planned graph does not read to the stage of their nearest relatives by
+    name."""
     placed = dict(owned)
     rest = [n for n in dict.fromkeys(names.values()) if n not in placed]
     for name in rest:
@@ -77,10 +79,12 @@ def _lowest_owner(node: fx.Node, earliest: int, owner_sets: Iterable[tuple[int, 
     allowed = sorted(s for s in common if s >= earliest)
     if not allowed:
         raise PlanError(
-            f"node {node.name!r} reads parameters of stages {sorted(set().union(*sets))}, and its inputs come from stage {earliest}",
+            f"node {node.name!r} reads parameters of stages {sorted(set().union(*sets))}, and its inputs come from "
+            f"stage {earliest}",
             expected="parameters in the order in which the plan has placed them",
             where=str(node.meta.get("source", "")),
-            remedy="give pipeline() an example that takes this path through the model, or keep these modules on one stage",
+            remedy="give pipeline() an example that takes this path through the model, or keep these modules on one "
+            "stage",
         )
     return allowed[0]
 

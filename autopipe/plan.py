@@ -30,17 +30,18 @@ class StagePlan:
     Attributes:
         index: its position in the pipeline, from 0.
         nodes: names of the nodes that it runs, in the order of the graph.
-        params: names of the parameters and buffers that it reads; a tied parameter appears in every stage that reads it.
+        params: names of the parameters and buffers that it reads; a tied parameter appears in every stage that reads
+            it.
         first_module, last_module: FQN of the submodules in which its first and last node stand.
         forward_us, backward_us: compute time of one micro-batch, recompute included.
         send_bytes, recv_bytes: forward activations that leave and enter it, once for each stage that reads them.
-        peak_bytes: the memory that it needs: parameters, gradients, optimizer state, activations in flight, workspace; what a
-            memory limit is compared with.
-        expected_peak_bytes: the most that it holds at one time, going through its actions one by one: what a run is compared
-            with; 0 where it is not known.
+        peak_bytes: the memory that it needs: parameters, gradients, optimizer state, activations in flight, workspace;
+            what a memory limit is compared with.
+        expected_peak_bytes: the most that it holds at one time, going through its actions one by one: what a run is
+            compared with; 0 where it is not known.
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
-        recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed again in
-            the backward up to the last tensor that is kept.
+        recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed
+            again in the backward up to the last tensor that is kept.
         reduce_us: time of summing its gradients over the replicas, after its last backward.
         memory_limit_bytes: memory of its device where devices differ; 0: the plan's.
     """
@@ -67,10 +68,11 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What crosses from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader directly.
+    """What crosses from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader
+    directly.
 
-    `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over, where it
-    is not the plan's.
+    `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over,
+    where it is not the plan's.
     """
 
     source: int
@@ -87,7 +89,8 @@ class Candidate:
 
     Attributes:
         num_stages, num_ranks, data_parallel, num_microbatches, schedule, zero_stage, microbatch_size: as in `Plan`.
-        placement: which ranks are neighbours: `stages` of a replica, `replicas` of a stage, or how uneven devices are ordered.
+        placement: which ranks are neighbours: `stages` of a replica, `replicas` of a stage, or how uneven devices are
+            ordered.
         step_us: simulated step, with the sum of the gradients over the replicas.
         lower_bound_us: no split under this layout can be faster under the cost model.
         peak_bytes: the most memory that a rank holds.
@@ -145,10 +148,11 @@ class Plan:
         estimated: some costs were estimated, not measured.
         baselines: the splits that a user would otherwise make.
         ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
-        scaling: how times follow the micro-batch size where the plan's is not the profile's: `affine`, from profiles of two
-            sizes, or `proportional`, an assumption; empty: as measured.
+        scaling: how times follow the micro-batch size where the plan's is not the profile's: `affine`, from profiles of
+            two sizes, or `proportional`, an assumption; empty: as measured.
         candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
-        search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not known.
+        search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not
+            known.
     """
 
     graph_hash: str
@@ -205,7 +209,8 @@ class Plan:
         return {name: stage.index for stage in self.stages for name in stage.nodes}
 
     def diff(self, other: Plan) -> dict[str, tuple[int, int]]:
-        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 where a plan has no such node."""
+        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 where a plan has
+        no such node."""
         mine, theirs = self.stage_of, other.stage_of
         names = [*mine, *(n for n in theirs if n not in mine)]
         return {n: (mine.get(n, -1), theirs.get(n, -1)) for n in names if mine.get(n, -1) != theirs.get(n, -1)}
@@ -279,7 +284,8 @@ def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _record(cls: type[Any], data: Any, where: str) -> Any:
-    """One record from a JSON object: required fields are there, numbers are numbers, lists of names are lists of names."""
+    """One record from a JSON object: required fields are there, numbers are numbers, lists of names are lists of
+    names."""
     values: dict[str, Any] = {}
     for name, spec in _fields(cls).items():
         if name not in _object(data, where):

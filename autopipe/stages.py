@@ -1,4 +1,5 @@
-"""A captured graph and a placement of its nodes go in; what each stage reads, sends and runs comes out, one module a stage."""
+"""A captured graph and a placement of its nodes go in; what each stage reads, sends and runs comes out, one module a
+stage."""
 
 from __future__ import annotations
 
@@ -148,7 +149,8 @@ def cut(captured: Captured, stage_of: Mapping[str, int], num_stages: int) -> tup
                 readers.setdefault(value, set()).add(stage_of[node.name])
                 if value not in placeholders and stage_of[value.name] > stage_of[node.name]:
                     raise PlanError(
-                        f"node {node.name!r} on stage {stage_of[node.name]} reads {value.name!r} on stage {stage_of[value.name]}",
+                        f"node {node.name!r} on stage {stage_of[node.name]} reads {value.name!r} on stage "
+                        f"{stage_of[value.name]}",
                         expected="every node on the stage of its inputs or a later one",
                         where=str(node.meta.get("source", "")),
                         remedy="plan the model again",
@@ -211,7 +213,8 @@ def edges_of(specs: tuple[StageSpec, ...]) -> tuple[Edge, ...]:
 
 
 def stage_module(captured: Captured, spec: StageSpec, random: RandomSource | None = None) -> StageModule:
-    """The module that runs the nodes of one stage; with `random`, each node that draws random numbers is seeded by it."""
+    """The module that runs the nodes of one stage; with `random`, each node that draws random numbers is seeded by
+    it."""
     source, graph = captured.graph_module, fx.Graph()
     nodes = {n.name: n for n in source.graph.nodes}
     copies: dict[fx.Node, fx.Node] = {}

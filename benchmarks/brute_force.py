@@ -1,7 +1,8 @@
-"""The planner against all monotone assignments of small random graphs: `python benchmarks/planner.py --brute-force 500`.
+"""The planner against all monotone assignments of small random graphs: `python benchmarks/planner.py --brute-force
+500`.
 
-Nothing of the planner's cost model is used: loads, peaks and steps of all assignments come from `scenarios/assignments.py`
-(`tests/pure/test_partition_brute_force.py` holds them against loops over one assignment).
+Nothing of the planner's cost model is used: loads, peaks and steps of all assignments come from
+`scenarios/assignments.py` (`tests/pure/test_partition_brute_force.py` holds them against loops over one assignment).
 """
 
 from __future__ import annotations

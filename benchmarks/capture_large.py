@@ -37,7 +37,8 @@ def main() -> None:
         captured = autopipe.capture(model, (), {"input_ids": ids, "labels": ids})
         print(
             f"try {i + 1}: {time.perf_counter() - begun:.2f} s, {len(captured.nodes)} nodes, "
-            f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, peak grew by {_peak_mib() - before:.0f} MiB"
+            f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, peak grew by "
+            f"{_peak_mib() - before:.0f} MiB"
         )
 
 

@@ -1,6 +1,8 @@
-"""Parts of `benchmarks/planner.py` on captured models: plans beside the usual splits, and recompute under a cap of memory.
+"""Parts of `benchmarks/planner.py` on captured models: plans beside the usual splits, and recompute under a cap of
+memory.
 
-Times are estimated for an A100 by the roofline of `profiler.estimate`, so that the figures are the same on every machine.
+Times are estimated for an A100 by the roofline of `profiler.estimate`, so that the figures are the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def plans(stages: list[int], budget_s: float) -> Iterator[Row]:
 
 
 def recompute(budget_s: float) -> Iterator[Row]:
-    """Steps under a share of the memory that the plan without a cap needs, over the step without one; K = 4, M = 16, SGD."""
+    """Steps under a share of the memory that the plan without a cap needs, over the step without one; K = 4, M = 16,
+    SGD."""
     for name in CAPPED:
         profile = captured(name)
         common = {

@@ -1,8 +1,9 @@
 # python benchmarks/comparison_deepspeed.py [CASE…]
-"""What DeepSpeed's pipeline engine does with the cases of `docs/comparison.md`: each is run on two gloo processes and printed.
+"""What DeepSpeed's pipeline engine does with the cases of `docs/comparison.md`: each is run on two gloo processes and
+printed.
 
-Needs `pip install deepspeed`. Each case has a time limit; a case that hangs is printed as such. The table in the document quotes
-this output.
+Needs `pip install deepspeed`. Each case has a time limit; a case that hangs is printed as such. The table in the
+document quotes this output.
 """
 
 from __future__ import annotations

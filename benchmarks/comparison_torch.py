@@ -1,5 +1,6 @@
 # python benchmarks/comparison_torch.py
-"""What torch.distributed.pipelining does with the cases of `docs/comparison.md`: each is run on gloo processes and printed.
+"""What torch.distributed.pipelining does with the cases of `docs/comparison.md`: each is run on gloo processes and
+printed.
 
 Each case has a time limit; a case that hangs is printed as such. The table in the document quotes this output.
 """
@@ -130,7 +131,8 @@ def tied(_: int) -> str:
     stage = _traced(model, "middle", x[:2])
     _step(stage, 4, x)
     got = next(p.grad for n, p in stage.submod.named_parameters() if n.endswith(("first.weight", "last.weight")))
-    return f"the stage's gradient is {float((got - expected).norm() / expected.norm()):.2f} (relative) off the plain model's"
+    error = float((got - expected).norm() / expected.norm())
+    return f"the stage's gradient is {error:.2f} (relative) off the plain model's"
 
 
 def _skip(num_stages: int, readers: tuple[int, ...]) -> str:

@@ -41,9 +41,13 @@ class UNet(nn.Module):
     @staticmethod
     def _block(inside: int, outside: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(inside, outside, 3, padding=1), nn.GroupNorm(4, outside), nn.SiLU(),
-            nn.Conv2d(outside, outside, 3, padding=1), nn.GroupNorm(4, outside), nn.SiLU(),
-        )  # fmt: skip
+            nn.Conv2d(inside, outside, 3, padding=1),
+            nn.GroupNorm(4, outside),
+            nn.SiLU(),
+            nn.Conv2d(outside, outside, 3, padding=1),
+            nn.GroupNorm(4, outside),
+            nn.SiLU(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
@@ -119,9 +123,15 @@ def llama(batch: int) -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
     return _tokens(LlamaForCausalLM(config), batch, 64)
 
 
@@ -130,9 +140,13 @@ def bert(batch: int) -> Case:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     return _tokens(BertForMaskedLM(config), batch, 64)
 
 
@@ -141,9 +155,15 @@ def t5(batch: int) -> Case:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=256, d_kv=64, d_ff=1024, num_layers=3, num_heads=4, decoder_start_token_id=0,
+        vocab_size=VOCABULARY,
+        d_model=256,
+        d_kv=64,
+        d_ff=1024,
+        num_layers=3,
+        num_heads=4,
+        decoder_start_token_id=0,
         use_cache=False,
-    )  # fmt: skip
+    )
     ids = torch.randint(0, VOCABULARY, (batch, 48))
     kwargs = {"input_ids": ids, "decoder_input_ids": ids.roll(1, 1)}
     return Case(model=T5ForConditionalGeneration(config), args=(), kwargs=kwargs, target=ids, loss_fn=_token_loss)
@@ -154,9 +174,17 @@ def mixtral(batch: int) -> Case:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, use_cache=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
     return _tokens(MixtralForCausalLM(config), batch, 48)
 
 
@@ -165,9 +193,14 @@ def vit(batch: int) -> Case:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, image_size=64, patch_size=8,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        image_size=64,
+        patch_size=8,
         num_labels=10,
-    )  # fmt: skip
+    )
     return _images(ViTForImageClassification(config), batch, 64)
 
 
@@ -213,7 +246,8 @@ def lstm(batch: int) -> Case:
 
 
 def lopsided(batch: int) -> Case:
-    """A perceptron of very different layers; eight rows of samples stand for one, so that it computes as long as the others."""
+    """A perceptron of very different layers; eight rows of samples stand for one, so that it computes as long as the
+    others."""
     rows = torch.randn(batch, 48, 128)
     labels = torch.randint(0, 10, (batch, 48))
     return Case(model=Lopsided(), args=(rows,), target=labels, loss_fn=_token_loss)

@@ -1,4 +1,5 @@
-"""Models that the benchmarks capture: a plain ResNet (He et al., 2015) and a GPT (Radford et al., 2019), each with a batch and its loss."""
+"""Models that the benchmarks capture: a plain ResNet (He et al., 2015) and a GPT (Radford et al., 2019), each with a
+batch and its loss."""
 
 from __future__ import annotations
 

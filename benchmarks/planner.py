@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/planner.py --brute-force 500      # every assignment of small graphs, minutes
     python benchmarks/planner.py --only published --stages 2 4 --json planner.json
 
-Published problems lie in `../shared/workloads` (--workloads); without them that part is skipped. The load of a stage is its
-compute and the transfers over its borders, nothing hidden.
+Published problems lie in `../shared/workloads` (--workloads); without them that part is skipped. The load of a stage is
+its compute and the transfers over its borders, nothing hidden.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""python benchmarks/prediction.py [-o FILE] [--only gpt,llama] [--show]: predicted against measured, on two gloo processes.
+"""python benchmarks/prediction.py [-o FILE] [--only gpt,llama] [--show]: predicted against measured, on two gloo
+processes.
 
-Each model of `benchmarks/families.py` is captured and profiled once, as the engine does it, and its step time and memory are predicted
-for several splits and numbers of micro-batches. The predictions are written to FILE before the first run. Then each of them is
-trained, twice in turn, so that what the machine itself varies by stands beside the error. Steps during which other processes took
-more than a twentieth of the machine are repeated. Models that FILE holds already are left out; `--show` only prints what it holds.
+Each model of `benchmarks/families.py` is captured and profiled once, as the engine does it, and its step time and
+memory are predicted for several splits and numbers of micro-batches. The predictions are written to FILE before the
+first run. Then each of them is trained, twice in turn, so that what the machine itself varies by stands beside the
+error. Steps during which other processes took more than a twentieth of the machine are repeated. Models that FILE holds
+already are left out; `--show` only prints what it holds.
 
-On a machine that others use, `--cpu-time` takes the processor time of each forward and backward in the run, in place of the time on
-the wall, and the step that is simulated with these: it shows how well the costs of stages are predicted, and nothing about links.
+On a machine that others use, `--cpu-time` takes the processor time of each forward and backward in the run, in place of
+the time on the wall, and the step that is simulated with these: it shows how well the costs of stages are predicted,
+and nothing about links.
 """
 
 from __future__ import annotations
@@ -63,12 +66,22 @@ def plan_of(profile: Profile, graph: CostGraph, share: float, num_microbatches: 
     stage_of = (done > share * graph.work_us.sum()).astype(np.int64)
     stage_of[0], stage_of[-1] = 0, 1
     memory = checked_memory(
-        num_microbatches=num_microbatches, schedule="1f1b", optimizer="adamw", zero_stage=0, data_parallel=1, memory_limit=None
-    )  # fmt: skip
+        num_microbatches=num_microbatches,
+        schedule="1f1b",
+        optimizer="adamw",
+        zero_stage=0,
+        data_parallel=1,
+        memory_limit=None,
+    )
     run = RunConfig(
-        num_stages=2, num_microbatches=num_microbatches, schedule="1f1b", data_parallel=1, zero_stage=0, objective="step",
+        num_stages=2,
+        num_microbatches=num_microbatches,
+        schedule="1f1b",
+        data_parallel=1,
+        zero_stage=0,
+        objective="step",
         memory=memory,
-    )  # fmt: skip
+    )
     none = Certificate(step_bound_us=0.0, load_bound_us=0.0, proved=False)
     return assemble(profile, graph, run, stage_of, none, {})
 
@@ -117,9 +130,14 @@ def trained(name: str, key: Key, plan: Plan, num_tries: int, cpu_time: bool) -> 
     if cpu_time:
         StepClock.now = lambda self: time.thread_time_ns()  # type: ignore[method-assign]
     engine = autopipe.pipeline(
-        case.model, optimizer=functools.partial(torch.optim.AdamW, lr=1e-4), loss_fn=case.loss_fn, plan=plan, device="cpu",
-        self_check=False, seed=1,
-    )  # fmt: skip
+        case.model,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-4),
+        loss_fn=case.loss_fn,
+        plan=plan,
+        device="cpu",
+        self_check=False,
+        seed=1,
+    )
 
     def step() -> None:
         engine.train_batch(*case.args, target=case.target, **case.kwargs)
@@ -184,7 +202,8 @@ class Machine:
 
 
 def held_bytes(engine: autopipe.Engine) -> int:
-    """Parameters, buffers and optimizer state of this rank: what is there when a step has dropped the gradients of the last."""
+    """Parameters, buffers and optimizer state of this rank: what is there when a step has dropped the gradients of the
+    last."""
     held = [*engine.parameters(), *engine._state.parameters.buffers()]
     state = engine.optimizer.state if engine.optimizer is not None else {}
     held += [v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -212,7 +231,8 @@ def rank_main(name: str, path: Path, num_tries: int, cpu_time: bool, rank: int) 
 
 
 def measured(ranks: Sequence[dict[str, Any]], plan: Plan | None) -> dict[str, Any]:
-    """Medians over the steps that count, of both ranks; the step is the slower rank's, with a plan the simulated one."""
+    """Medians over the steps that count, of both ranks; the step is the slower rank's, with a plan the simulated
+    one."""
     figures = {
         name: [statistics.median(step[name] for step in r["steps"]) for r in ranks]
         for name in ("forward_us", "backward_us", "waiting_us")
@@ -273,8 +293,10 @@ def rows(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
         memory = [p / m - 1 for c in cases for p, m in zip(c["predicted"]["peak_bytes"], peak_of(c), strict=True)]
         compute = [
             p / statistics.mean(r[kind][k] for r in c["runs"]) - 1
-            for c in cases for kind in ("forward_us", "backward_us") for k, p in enumerate(c["predicted"][kind])
-        ]  # fmt: skip
+            for c in cases
+            for kind in ("forward_us", "backward_us")
+            for k, p in enumerate(c["predicted"][kind])
+        ]
         groups = [[i for i, c in enumerate(cases) if c["num_microbatches"] == count] for count in COUNTS]
         correlations = [rank_correlation([predicted[i] for i in g], [took[i] for i in g]) for g in groups]
         errors = [p / t - 1 for p, t in zip(predicted, took, strict=True)]

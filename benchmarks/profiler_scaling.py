@@ -1,8 +1,9 @@
 """python benchmarks/profiler_scaling.py [-o FILE] [--llama]: time and memory of profiling, against depth and size.
 
-Rows: a GPT of 2, 12, 48 and 96 layers of one width, measured without a cache, each row's time over that of 2 layers; with
-`--llama` a Llama of 7 billion parameters on `meta` (sequence 1024, micro-batch 1), measured on this CPU and estimated for h100.
-Prints a table and writes JSON. Each row runs in a process of its own, so that its peak memory is its own.
+Rows: a GPT of 2, 12, 48 and 96 layers of one width, measured without a cache, each row's time over that of 2 layers;
+with `--llama` a Llama of 7 billion parameters on `meta` (sequence 1024, micro-batch 1), measured on this CPU and
+estimated for h100. Prints a table and writes JSON. Each row runs in a process of its own, so that its peak memory is
+its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""python benchmarks/saved_bytes.py [NAMES]: bytes that profiles predict to be kept for the backward, against what is kept.
+"""python benchmarks/saved_bytes.py [NAMES]: bytes that profiles predict to be kept for the backward, against what is
+kept.
 
-For each model of `benchmarks/families.py`: the sum over its profile, what the captured graph keeps (the engine runs that), and what
-the plain model keeps, by `saved_tensors_hooks`: each storage once, without parameters, buffers and inputs.
+For each model of `benchmarks/families.py`: the sum over its profile, what the captured graph keeps (the engine runs
+that), and what the plain model keeps, by `saved_tensors_hooks`: each storage once, without parameters, buffers and
+inputs.
 """
 
 from __future__ import annotations

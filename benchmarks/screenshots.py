@@ -1,5 +1,6 @@
 # python benchmarks/screenshots.py
-"""Makes the pictures of `docs/img/`: the page of a plan of `examples/unet_skips.py`, wide and light, narrow and dark. Needs Chromium."""
+"""Makes the pictures of `docs/img/`: the page of a plan of `examples/unet_skips.py`, wide and light, narrow and dark.
+Needs Chromium."""
 
 from __future__ import annotations
 

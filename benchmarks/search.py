@@ -1,7 +1,9 @@
-"""python benchmarks/search.py: the search for 8 and 64 devices on a captured GPT: its tables, its time, and an exhaustive small grid.
+"""python benchmarks/search.py: the search for 8 and 64 devices on a captured GPT: its tables, its time, and an
+exhaustive small grid.
 
-The GPT (24 layers, width 1024, sequence 1024) is captured on `meta` and estimated for h100 at micro-batches of 2 and 4 samples, so that
-times of other sizes lie on a line. Nodes of 8 devices, NVLink within, 400 Gbit/s for each device between. Needs the extra [hf].
+The GPT (24 layers, width 1024, sequence 1024) is captured on `meta` and estimated for h100 at micro-batches of 2 and 4
+samples, so that times of other sizes lie on a line. Nodes of 8 devices, NVLink within, 400 Gbit/s for each device
+between. Needs the extra [hf].
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def cluster_of(num_devices: int, memory_gib: int) -> Cluster:
 
 
 def grid_steps_us(profiles: tuple[Profile, ...], cluster: Cluster, batch: int, limit: int) -> list[float]:
-    """Every layout and number of micro-batches, each planned by itself with the full budget, and played under its fastest schedule."""
+    """Every layout and number of micro-batches, each planned by itself with the full budget, and played under its
+    fastest schedule."""
     steps, num_devices = [], len(cluster.devices)
     for replicas in (d for d in range(1, num_devices + 1) if num_devices % d == 0 and batch % d == 0):
         ranks = num_devices // replicas
@@ -91,8 +94,10 @@ def show(plan: Plan) -> None:
     for candidate in plan.candidates:
         c = candidate
         print(
-            f"  {c.data_parallel:3d} x {c.num_ranks:3d} ranks, {c.num_stages:3d} stages, {c.num_microbatches:3d} x {c.microbatch_size:2d} samples, "
-            f"{c.schedule:11s} ZeRO-{c.zero_stage} {c.placement:8s} {c.step_us / 1e3:9.1f} ms (not below {c.lower_bound_us / 1e3:.1f})"
+            f"  {c.data_parallel:3d} x {c.num_ranks:3d} ranks, {c.num_stages:3d} stages, {c.num_microbatches:3d} x "
+            f"{c.microbatch_size:2d} samples, "
+            f"{c.schedule:11s} ZeRO-{c.zero_stage} {c.placement:8s} {c.step_us / 1e3:9.1f} ms (not below "
+            f"{c.lower_bound_us / 1e3:.1f})"
         )
     print(f"  {why(plan)}\n")
 
@@ -121,7 +126,8 @@ def main() -> None:
         plan, seconds = timed(profiles, cluster, 32)
         steps = grid_steps_us(profiles, cluster, 32, options.memory_gib[0] * 2**30)
         print(
-            f"4 devices: {plan.step_us / 1e3:.2f} ms, the best of {len(steps)} plans of the grid {min(steps) / 1e3:.2f} ms"
+            f"4 devices: {plan.step_us / 1e3:.2f} ms, the best of {len(steps)} plans of the grid "
+            f"{min(steps) / 1e3:.2f} ms"
         )
         results.append({"grid": len(steps), "best_us": min(steps), "step_us": plan.step_us})
     Path(options.output).write_text(json.dumps(results, indent=1))

@@ -1,7 +1,9 @@
-"""python benchmarks/weight_gradients.py: the second part of a divided backward in its two ways, over stages of growing length.
+"""python benchmarks/weight_gradients.py: the second part of a divided backward in its two ways, over stages of growing
+length.
 
-A stage of small transformer layers without dropout: "whole" is its backward in one, "inputs" the first part; then the second, by a
-backward from each junction, and by calling the junctions, in turn; medians in milliseconds. The gradients of all must be the same bits.
+A stage of small transformer layers without dropout: "whole" is its backward in one, "inputs" the first part; then the
+second, by a backward from each junction, and by calling the junctions, in turn; medians in milliseconds. The gradients
+of all must be the same bits.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python docs/run_commands.py [PAGE ...]
 
-Every page has a copy of the repository of its own, in which each command finds what the earlier ones made. A block under
-`<!-- file: NAME -->` is the file NAME, one under `<!-- file: NAME, continued -->` the rest of it. `LISTED` has all commands that are not
-run just so, with the reason. The first that fails ends the run.
+Every page has a copy of the repository of its own, in which each command finds what the earlier ones made. A block
+under `<!-- file: NAME -->` is the file NAME, one under `<!-- file: NAME, continued -->` the rest of it. `LISTED` has
+all commands that are not run just so, with the reason. The first that fails ends the run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Listed:
 
     Attributes:
         why: the reason.
-        instead: what is run in its place, with the command for {command}; empty: nothing, where nothing has to come before it.
+        instead: what is run in its place, with the command for {command}; empty: nothing, where nothing has to come
+            before it.
         before: what is run before it: the page says in words what is there.
         needs: a module without which it is left out.
     """
@@ -97,7 +98,8 @@ def listed(command: str) -> Listed | None:
 
 
 def copy_repository(folder: Path) -> None:
-    """The repository as a clone of it would be, whose packages alone can be imported from anywhere, as after `pip install -e .`."""
+    """The repository as a clone of it would be, whose packages alone can be imported from anywhere, as after `pip
+    install -e .`."""
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
     (folder / ".packages").mkdir()
@@ -144,7 +146,8 @@ def _short(text: str) -> str:
 
 
 def run(text: str, folder: Path) -> tuple[int | str, str]:
-    """Runs a command in a folder; its status, or what became of it, and what it wrote. Nothing that it starts is left."""
+    """Runs a command in a folder; its status, or what became of it, and what it wrote. Nothing that it starts is
+    left."""
     environment = os.environ | {
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "PYTHONPATH": str(folder / ".packages"),

@@ -1,7 +1,9 @@
 # torchrun --nproc-per-node 2 examples/convert_gpt2.py
-"""Trains a GPT-2 in a pipeline, converts its checkpoint to a folder that transformers reads, and compares what both say.
+"""Trains a GPT-2 in a pipeline, converts its checkpoint to a folder that transformers reads, and compares what both
+say.
 
-The conversion is `autopipe convert CHECKPOINTS FOLDER`, here called from Python. Needs `pip install 'torch-autopipe[hf]'`.
+The conversion is `autopipe convert CHECKPOINTS FOLDER`, here called from Python. Needs `pip install
+'torch-autopipe[hf]'`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 # autopipe plan examples/dry_run_7b.py:build --device h100 --num-stages 8 --num-microbatches 32
-"""What a 7-billion-parameter Llama would need on eight H100s, found on a laptop: nothing is allocated, no device is there.
+"""What a 7-billion-parameter Llama would need on eight H100s, found on a laptop: nothing is allocated, no device is
+there.
 
-The model lies on the meta device. `autopipe profile examples/dry_run_7b.py:build --device h100` prints the time of each of its modules.
-Every figure is estimated from operations and bytes, and labelled so. Needs `pip install 'torch-autopipe[hf]'`.
+The model lies on the meta device. `autopipe profile examples/dry_run_7b.py:build --device h100` prints the time of each
+of its modules. Every figure is estimated from operations and bytes, and labelled so. Needs `pip install
+'torch-autopipe[hf]'`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 # torchrun --nproc-per-node 2 examples/encoder_decoder.py
-"""An encoder-decoder of `torch.nn.Transformer` learns to write a word backwards; words have different lengths, padding is masked.
+"""An encoder-decoder of `torch.nn.Transformer` learns to write a word backwards; words have different lengths, padding
+is masked.
 
 The masks are read by every layer, so on every stage. The loss is the mean over the tokens that are not padding: with
-`loss_weight` a micro-batch counts by those, and loss and gradient are the whole batch's however unevenly they are padded.
+`loss_weight` a micro-batch counts by those, and loss and gradient are the whole batch's however unevenly they are
+padded.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ VOCAB, IGNORED = FIRST_LETTER + LETTERS, -100
 
 
 class Reverser(nn.Module):
-    """Token ids of the source and of the target so far, (batch, length) each, to the loss and the scores of the next token."""
+    """Token ids of the source and of the target so far, (batch, length) each, to the loss and the scores of the next
+    token."""
 
     def __init__(self, width: int = 64, layers: int = 2) -> None:
         super().__init__()

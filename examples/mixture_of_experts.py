@@ -1,8 +1,9 @@
 # torchrun --nproc-per-node 2 examples/mixture_of_experts.py
-"""A transformer whose blocks send each token to its two best experts: how many tokens an expert gets depends on the data.
+"""A transformer whose blocks send each token to its two best experts: how many tokens an expert gets depends on the
+data.
 
-Such a layer has no fixed graph. autopipe keeps it whole and cuts the model around it; `autopipe.capture` says which modules were
-kept and why.
+Such a layer has no fixed graph. autopipe keeps it whole and cuts the model around it; `autopipe.capture` says which
+modules were kept and why.
 """
 
 from __future__ import annotations

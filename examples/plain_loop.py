@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 2 examples/plain_loop.py
-"""The plain PyTorch loop: no optimizer is given, so `train_batch` only adds gradients, and the script clears and steps by itself.
+"""The plain PyTorch loop: no optimizer is given, so `train_batch` only adds gradients, and the script clears and steps
+by itself.
 
 Two batches are accumulated for each step of the optimizer.
 """
@@ -53,8 +54,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     example, _ = clusters(64, generator)
     # The example lets the model be placed at once, so that its parameters are there for the optimizer.
-    engine = autopipe.pipeline(Classifier(), loss_fn=F.cross_entropy, data_parallel=1, num_microbatches=4, example_args=(example,),
-                               example_target=torch.zeros(64, dtype=torch.long))  # fmt: skip
+    engine = autopipe.pipeline(
+        Classifier(),
+        loss_fn=F.cross_entropy,
+        data_parallel=1,
+        num_microbatches=4,
+        example_args=(example,),
+        example_target=torch.zeros(64, dtype=torch.long),
+    )
     optimizer = torch.optim.SGD(engine.parameters(), lr=0.02, momentum=0.9)
 
     for step in range(1, options.steps + 1):

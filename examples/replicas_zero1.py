@@ -1,8 +1,9 @@
 # torchrun --nproc-per-node 4 examples/replicas_zero1.py
-"""Two replicas of a pipeline of two stages: each replica reads its own share of the data, Adam's state is sharded over them (ZeRO-1).
+"""Two replicas of a pipeline of two stages: each replica reads its own share of the data, Adam's state is sharded over
+them (ZeRO-1).
 
-With `shard_batch=False` and `engine.sampler` every rank loads only what its replica trains on. Without both, every rank passes the
-whole batch, and the engine takes each replica's share of it.
+With `shard_batch=False` and `engine.sampler` every rank loads only what its replica trains on. Without both, every rank
+passes the whole batch, and the engine takes each replica's share of it.
 """
 
 from __future__ import annotations

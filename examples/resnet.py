@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 2 examples/resnet.py
-"""A residual network with batch norm learns to tell drawn shapes apart; accuracy is measured on pictures that it never saw.
+"""A residual network with batch norm learns to tell drawn shapes apart; accuracy is measured on pictures that it never
+saw.
 
 Running statistics are those of a plain loop over the micro-batches, and evaluation uses them.
 """
@@ -20,7 +21,8 @@ SIZE = 24
 
 
 class Residual(nn.Module):
-    """Two 3 × 3 convolutions with batch norm beside a shortcut: (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
+    """Two 3 × 3 convolutions with batch norm beside a shortcut: (batch, inputs, h, w) to (batch, outputs, h / stride, w
+    / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +57,8 @@ class ResNet(nn.Module):
 
 
 def drawn(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shapes of random place and size under noise, (count, 1, SIZE, SIZE), and the index of each in SHAPES, (count,)."""
+    """Shapes of random place and size under noise, (count, 1, SIZE, SIZE), and the index of each in SHAPES,
+    (count,)."""
     kind = torch.randint(len(SHAPES), (count, 1, 1), generator=generator)
     place = torch.rand(2, count, 1, 1, generator=generator) * 0.4 + 0.3
     radius = torch.rand(count, 1, 1, generator=generator) * 0.1 + 0.15

@@ -1,9 +1,11 @@
 # torchrun --nproc-per-node 2 --max-restarts 3 examples/resume.py --crash
-"""The GPT of `train_gpt.py`, with checkpoints: a rank that is killed costs the steps since the last one, and nothing else.
+"""The GPT of `train_gpt.py`, with checkpoints: a rank that is killed costs the steps since the last one, and nothing
+else.
 
-torchrun starts all ranks again; they go on from the newest whole checkpoint and end with the weights of a run in which nothing
-happened, bit for bit (`--weights` writes them). `--crash` has one rank kill itself at a random step of the first attempt.
-SIGTERM, as a scheduler sends it before it takes the machine away, lets the ranks finish the step, save, and exit with 0.
+torchrun starts all ranks again; they go on from the newest whole checkpoint and end with the weights of a run in which
+nothing happened, bit for bit (`--weights` writes them). `--crash` has one rank kill itself at a random step of the
+first attempt. SIGTERM, as a scheduler sends it before it takes the machine away, lets the ranks finish the step, save,
+and exit with 0.
 """
 
 from __future__ import annotations

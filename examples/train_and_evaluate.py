@@ -1,6 +1,6 @@
 # torchrun --nproc-per-node 2 examples/train_and_evaluate.py
-"""A whole training script: epochs over a DataLoader, warm-up and cosine decay, clipping, evaluation on files that are never trained on,
-the best checkpoint kept and loaded at the end.
+"""A whole training script: epochs over a DataLoader, warm-up and cosine decay, clipping, evaluation on files that are
+never trained on, the best checkpoint kept and loaded at the end.
 
 The model is a byte-level LSTM, trained on the modules of Python's standard library.
 """

@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 2 examples/train_gpt.py
-"""A byte-level GPT with tied embeddings learns the source files of Python's standard library, as a pipeline over all processes.
+"""A byte-level GPT with tied embeddings learns the source files of Python's standard library, as a pipeline over all
+processes.
 
 The model is ordinary PyTorch code. The pipeline is the one call of `autopipe.pipeline` in `main`.
 """
@@ -67,7 +68,8 @@ def standard_library() -> Tensor:
 
 
 def batch_of(data: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random windows and the bytes that follow: two tensors of (size, CONTEXT). Equal on every rank for an equal generator."""
+    """Random windows and the bytes that follow: two tensors of (size, CONTEXT). Equal on every rank for an equal
+    generator."""
     starts = torch.randint(len(data) - CONTEXT - 1, (size,), generator=generator)
     windows = torch.stack([data[s : s + CONTEXT + 1] for s in starts])
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

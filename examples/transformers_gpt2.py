@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 2 examples/transformers_gpt2.py
-"""A model of transformers, from its configuration to a training pipeline in five lines. Needs `pip install 'torch-autopipe[hf]'`."""
+"""A model of transformers, from its configuration to a training pipeline in five lines. Needs `pip install
+'torch-autopipe[hf]'`."""
 
 from functools import partial
 

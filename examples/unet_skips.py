@@ -1,5 +1,6 @@
 # torchrun --nproc-per-node 3 examples/unet_skips.py
-"""A small U-Net that removes noise from pictures: its skip connections pass over stages, straight from producer to reader.
+"""A small U-Net that removes noise from pictures: its skip connections pass over stages, straight from producer to
+reader.
 
 `torch.distributed.pipelining` refuses such a model; nothing in it is written for a pipeline.
 """

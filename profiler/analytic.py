@@ -41,13 +41,14 @@ def estimate(
     """Estimates every compute node of a graph, without a device and without values: a 7B model takes seconds.
 
     The graph runs on fake tensors. For each ATen operator of forward and backward the time is the larger of
-    FLOPs / (peak × share) and bytes / (bandwidth × share), and at least the time of starting a kernel; the shares are in
-    `profiler.devices`, with their sources. Bytes kept for backward are those that autograd keeps on a CPU, which has the
-    fused attention; a dropout mask, one byte an element on a GPU, counts as much as its input.
+    FLOPs / (peak × share) and bytes / (bandwidth × share), and at least the time of starting a kernel; the shares are
+    in `profiler.devices`, with their sources. Bytes kept for backward are those that autograd keeps on a CPU, which has
+    the fused attention; a dropout mask, one byte an element on a GPU, counts as much as its input.
 
     Args:
         graph_module: as for `profiler.profile`; its parameters may be on `meta`.
-        args: the values of the placeholders; only shapes, dtypes and Python numbers are read. Left out: as noted by capture.
+        args: the values of the placeholders; only shapes, dtypes and Python numbers are read. Left out: as noted by
+            capture.
         device: a name (`h100`, `h200`, `a100`, `l40s`, `mi300x`, `cpu`) or the published figures.
         train: estimate backward, and what is kept for it.
         names: as for `profiler.profile`.

@@ -45,8 +45,8 @@ def profile(
 ) -> Profile:
     """Measures every compute node of a graph on the device that will run it.
 
-    Nodes of the same signature (operator, attributes, shapes, dtypes, strides, gradient flags, modes) are measured once.
-    Parameters, buffers, gradients, random states and modes are afterwards as they were.
+    Nodes of the same signature (operator, attributes, shapes, dtypes, strides, gradient flags, modes) are measured
+    once. Parameters, buffers, gradients, random states and modes are afterwards as they were.
 
     Args:
         graph_module: any `torch.fx.GraphModule`, its modules in the mode (train or eval) that is to be measured.
@@ -54,23 +54,24 @@ def profile(
             shapes in `node.meta["val"]`.
         device: where to measure; the device of the first parameter or argument where it is None.
         train: measure backward, and what is kept for it. False: forward only, under `no_grad`.
-        relative_error: repeat a node until the 95 % confidence interval of its time is this narrow, relative to its median.
+        relative_error: repeat a node until the 95 % confidence interval of its time is this narrow, relative to its
+            median.
         budget_s: stop repeating, though not measuring, after this many seconds; the spread reached is in the profile.
         progress: a progress bar on stderr, where that is a terminal.
         cache: read and write measurements of earlier runs on this device (see `profiler.cache`).
-        calibrate: time a few contiguous segments too, as a stage runs them, and multiply the times of their nodes by what
-            these, by themselves, miss; takes two seconds, or half of the time that the nodes took.
+        calibrate: time a few contiguous segments too, as a stage runs them, and multiply the times of their nodes by
+            what these, by themselves, miss; takes two seconds, or half of the time that the nodes took.
         names: for parameters and buffers with several names, the one to report (optional; otherwise the first).
         graph_hash: copied into the profile.
-        num_together: processes of this host that call this at the same time, as the ranks of a run do; a cached measurement
-            holds for that number alone.
+        num_together: processes of this host that call this at the same time, as the ranks of a run do; a cached
+            measurement holds for that number alone.
 
     Returns:
         The profile; times in microseconds, sizes in bytes, for one micro-batch.
 
     Raises:
-        ProfileError: a device that is not there, missing or surplus args, a graph with nothing to measure, or a node that
-            fails (named, with its module and shapes).
+        ProfileError: a device that is not there, missing or surplus args, a graph with nothing to measure, or a node
+            that fails (named, with its module and shapes).
     """
     where = find_device(graph_module, args, device)
     if not relative_error > 0 or not budget_s >= 0:
@@ -122,7 +123,8 @@ def _measure(
     records: DiskRecords,
     bar: tqdm[Any],
 ) -> tuple[list[NodeProfile], bool]:
-    """Walks the graph; where made-up values were the reason for a failure, once more on true ones. Says which it was."""
+    """Walks the graph; where made-up values were the reason for a failure, once more on true ones. Says which it
+    was."""
     for make_up_values in (True, False):
         found: list[NodeProfile] = []
 
@@ -173,7 +175,8 @@ def node_profile(visit: Visit, tensors: ModelTensors) -> NodeProfile:
 
 
 def _memory_of(visit: Visit) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nodes whose outputs the node keeps for backward, and the nodes and parameters into whose memory its own output looks."""
+    """The nodes whose outputs the node keeps for backward, and the nodes and parameters into whose memory its own
+    output looks."""
     own, sources = visit.call.node.name, visit.call.sources
     if visit.is_recomputed:  # the region keeps what it is given
         keeps = [storage.owner for storage in sources]
@@ -190,7 +193,8 @@ def _names(names: Iterable[str | None]) -> tuple[str, ...]:
 def _is_repeatable(visit: Visit) -> bool:
     """Whether running the node again has no effect but its value; its module's buffers can be set aside meanwhile.
 
-    Not so: what the model itself computes again, modules that are not torch's own or have hooks, and writes to model inputs.
+    Not so: what the model itself computes again, modules that are not torch's own or have hooks, and writes to model
+    inputs.
     """
     call, written = visit.call, [visit.call.values[i] for i in visit.trace.written]
     plain = call.module is None or type(call.module).__module__.startswith("torch.nn.")

@@ -1,4 +1,5 @@
-"""Measurements kept on disk: one small JSON file for each node signature, device, torch version and number of threads."""
+"""Measurements kept on disk: one small JSON file for each node signature, device, torch version and number of
+threads."""
 
 from __future__ import annotations
 
@@ -58,9 +59,9 @@ def _cpu_model() -> str:
 class DiskRecords:
     """Records of signatures: those of this profile in memory, those of earlier ones on disk.
 
-    An entry is trusted only if it is whole (its digest fits), is for this signature, device, torch and threads, and is as
-    exact as asked for now; otherwise the node is measured again. Nodes that run the user's
-    own code are never written: it may change.
+    An entry is trusted only if it is whole (its digest fits), is for this signature, device, torch and threads, and is
+    as exact as asked for now; otherwise the node is measured again. Nodes that run the user's own code are never
+    written: it may change.
 
     Args:
         device: where nodes are measured.

@@ -1,4 +1,5 @@
-"""From the times of nodes by themselves to their times within the graph: a few segments are measured, and show the difference."""
+"""From the times of nodes by themselves to their times within the graph: a few segments are measured, and show the
+difference."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ def measured_segments(
         model, inputs, device, tensors, timer, records: as for the walk that made the profiles.
         profiles: the nodes, as measured.
         budget_s: time for all segments together; it limits their length.
-        make_up_values: whether random numbers may stand for the values of nodes that are known; where that makes something fail,
-            the graph is gone through once more on true values.
+        make_up_values: whether random numbers may stand for the values of nodes that are known; where that makes
+            something fail, the graph is gone through once more on true values.
 
     Raises:
         ProfileError: a segment fails.
@@ -107,7 +108,8 @@ def _once(profile: NodeProfile) -> NodeProfile:
 def calibrated(
     graph: fx.Graph, profiles: Sequence[NodeProfile], segments: Sequence[SegmentProfile]
 ) -> list[NodeProfile]:
-    """The nodes with their times multiplied by the ratio of their segment; outside of any, by that of all segments together."""
+    """The nodes with their times multiplied by the ratio of their segment; outside of any, by that of all segments
+    together."""
     ratios = {s.first: _ratios([s]) for s in segments}
     last = {s.last for s in segments}
     overall = current = _ratios(segments)

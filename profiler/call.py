@@ -71,7 +71,8 @@ class Call:
 
     @contextmanager
     def named_failure(self, doing: str) -> Iterator[None]:
-        """Turns whatever goes wrong in the block into a `ProfileError` that names the node, its module and its shapes."""
+        """Turns whatever goes wrong in the block into a `ProfileError` that names the node, its module and its
+        shapes."""
         try:
             yield
         except ProfileError:

@@ -57,7 +57,8 @@ class EventClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device: events on an accelerator; on a CPU the time of torch's only thread, or the host's counter."""
+    """The clock of a device: events on an accelerator; on a CPU the time of torch's only thread, or the host's
+    counter."""
     if accelerator.is_accelerator(device):
         return EventClock(device)
     return ThreadClock() if device.type == "cpu" and torch.get_num_threads() == 1 else HostClock()

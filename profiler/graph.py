@@ -17,7 +17,8 @@ def is_region(node: fx.Node) -> bool:
 
 
 def is_compute(node: fx.Node) -> bool:
-    """Whether the node is one of a profile: it computes, rather than names an input, a parameter, an output or a mode."""
+    """Whether the node is one of a profile: it computes, rather than names an input, a parameter, an output or a
+    mode."""
     return node.op in ("call_module", "call_function", "call_method") and not is_region(node)
 
 
@@ -42,8 +43,8 @@ def module_of(node: fx.Node) -> str:
 def recomputed_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
     """Nodes that run under `torch.utils.checkpoint`, each with the number of its region.
 
-    Capture notes the region as `node.meta["checkpoint"]`; a run of such nodes is computed again in the backward, unless one
-    of them writes in place (`node.meta["writes"]`).
+    Capture notes the region as `node.meta["checkpoint"]`; a run of such nodes is computed again in the backward, unless
+    one of them writes in place (`node.meta["writes"]`).
     """
     found: dict[fx.Node, int] = {}
     for number, (region, run) in enumerate(groupby(compute_nodes(graph), key=lambda n: n.meta.get("checkpoint"))):

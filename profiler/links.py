@@ -66,7 +66,8 @@ class LinkMeasurement:
 
 
 def fit_line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:
-    """Latency (µs) and bandwidth (bytes/µs) of `t = latency + size / bandwidth`, by least squares of the relative error."""
+    """Latency (µs) and bandwidth (bytes/µs) of `t = latency + size / bandwidth`, by least squares of the relative
+    error."""
     w = [1 / (t * t) for t in times_us]
     s, sx = sum(w), sum(a * x for a, x in zip(w, sizes, strict=True))
     st = sum(a * t for a, t in zip(w, times_us, strict=True))
@@ -92,7 +93,8 @@ def measure_link(
         group: the process group; the default one where it is None. It must be used by nothing else meanwhile.
         device: where messages are; the current CUDA device under NCCL, else the CPU.
         cache: use what was measured before between these hosts and devices, and keep what is measured now.
-        way: how messages go, on the first two ranks; over the group where it is None. On other ranks its name counts alone.
+        way: how messages go, on the first two ranks; over the group where it is None. On other ranks its name counts
+            alone.
 
     Returns:
         The link, the same on every rank.
@@ -194,7 +196,8 @@ class _Pair:
             square = square @ self._square
 
     def _usual(self, run: Callable[[], None]) -> float:
-        """The lower quartile of the time, in microseconds, of the slower of the two ends: what else runs on a machine only adds."""
+        """The lower quartile of the time, in microseconds, of the slower of the two ends: what else runs on a machine
+        only adds."""
         times = []
         for _ in range(NUM_WARMUP + NUM_REPEATS):
             self._meet()

@@ -59,8 +59,8 @@ class Peak:
     """What a block allocates.
 
     Attributes:
-        parts: for each part of the block (see `split`) the level at its start and the highest in it, in bytes above the start of
-            the block; known when the block is left.
+        parts: for each part of the block (see `split`) the level at its start and the highest in it, in bytes above the
+            start of the block; known when the block is left.
         split: ends a part and begins the next.
     """
 
@@ -82,11 +82,11 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measures the allocations of a block.
 
-    On an accelerator by the caching allocator's counter. On a CPU by the allocator's own events, which hold the workspace
-    inside an operator as well as its outputs; memory that oneDNN or MKL takes by themselves is not seen.
+    On an accelerator by the caching allocator's counter. On a CPU by the allocator's own events, which hold the
+    workspace inside an operator as well as its outputs; memory that oneDNN or MKL takes by themselves is not seen.
 
-    On a CPU, drop what the block has made inside of it: torch keeps the addresses of blocks that outlive it, and a later measurement
-    would count the release of whatever lies there then.
+    On a CPU, drop what the block has made inside of it: torch keeps the addresses of blocks that outlive it, and a
+    later measurement would count the release of whatever lies there then.
     """
     peak = Peak()
     counted = _counted_by_allocator(device, peak) if accelerator.is_accelerator(device) else _counted_on_cpu(peak)

@@ -16,7 +16,8 @@ from profiler.trace import Trace
 from profiler.trial import Trial
 
 MIN_REPEATS, MAX_REPEATS = 5, 200
-"""Repeats of a node beside the warm-up; a node that takes over half a second is repeated three times at least, and not warmed up again."""
+"""Repeats of a node beside the warm-up; a node that takes over half a second is repeated three times at least, and not
+warmed up again."""
 TRIVIAL_US, LONG_S = 30.0, 0.5
 
 

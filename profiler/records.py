@@ -1,4 +1,5 @@
-"""What a profile is: plain, frozen records of measured or estimated costs, and their JSON form (`autopipe.profile/1`)."""
+"""What a profile is: plain, frozen records of measured or estimated costs, and their JSON form
+(`autopipe.profile/1`)."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class ParameterProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentProfile:
-    """A contiguous part of the graph that was run as a stage runs it, and the sums of its nodes when each is run by itself.
+    """A contiguous part of the graph that was run as a stage runs it, and the sums of its nodes when each is run by
+    itself.
 
     The times of its nodes in the profile are their own times, multiplied by what was measured over these sums.
 
@@ -98,8 +100,8 @@ class LinkProfile:
         bytes_per_us: bandwidth, in bytes a microsecond (1 Gbit/s is 125).
         overlap: the share of a transfer that compute hides, from 0 (none) to 1 (all).
         measured: false for a default that nobody measured.
-        buffered: messages under way lie in memory of their own: the sender may drop a tensor at once, and the receiver makes it when
-            it needs it. Where it is false both ends hold it meanwhile.
+        buffered: messages under way lie in memory of their own: the sender may drop a tensor at once, and the receiver
+            makes it when it needs it. Where it is false both ends hold it meanwhile.
     """
 
     latency_us: float
@@ -142,9 +144,11 @@ class Profile:
         dtype: the dtype of the parameters, for example `float32`.
         torch: the torch version.
         microbatch_size: number of samples in the micro-batch that was run.
-        parameters: size of each parameter and buffer by name; where it is empty the bytes of a node are split evenly over its names.
+        parameters: size of each parameter and buffer by name; where it is empty the bytes of a node are split evenly
+            over its names.
         link: the link between ranks, where it was measured.
-        residual: factor that is still to be applied to every time; 1 where the times are those within the graph, as after calibration.
+        residual: factor that is still to be applied to every time; 1 where the times are those within the graph, as
+            after calibration.
         segments: what the times of the nodes were calibrated with.
         graph_hash: identifies the graph that was profiled.
     """
@@ -169,10 +173,12 @@ class Profile:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Reads a profile; only `name`, `inputs`, `forward_us`, `backward_us` and `output_bytes` of each node are required.
+        """Reads a profile; only `name`, `inputs`, `forward_us`, `backward_us` and `output_bytes` of each node are
+        required.
 
         Raises:
-            ProfileError: an unknown schema, a missing or misspelt value, a negative number, a name that is not there, a cycle.
+            ProfileError: an unknown schema, a missing or misspelt value, a negative number, a name that is not there, a
+                cycle.
         """
         if not isinstance(data, dict):
             raise ProfileError(

@@ -1,6 +1,7 @@
 """Time of each ATen operator on a device that is not here: the larger of its arithmetic and its memory traffic.
 
-The roofline model (Williams, Waterman and Patterson, "Roofline", CACM 2009), with a share of each peak by operator class.
+The roofline model (Williams, Waterman and Patterson, "Roofline", CACM 2009), with a share of each peak by operator
+class.
 """
 
 from __future__ import annotations

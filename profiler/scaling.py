@@ -1,7 +1,8 @@
 """A measured profile and two estimates of the same graph become the profile on the second estimate's device.
 
-Each node's measured time is multiplied by the ratio of its rooflines: what the operators of its class take on the other device over
-what they take on the device that was measured, each from published rates and the shares of them that the class reaches.
+Each node's measured time is multiplied by the ratio of its rooflines: what the operators of its class take on the other
+device over what they take on the device that was measured, each from published rates and the shares of them that the
+class reaches.
 """
 
 from __future__ import annotations

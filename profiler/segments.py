@@ -1,7 +1,8 @@
-"""What the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and compared with it.
+"""What the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and compared with
+it.
 
-A node that is timed by itself finds its inputs in the cache and its memory at hand, starts from Python each time, and never
-adds up the gradients of a value with several readers. A segment shows the sum of these effects.
+A node that is timed by itself finds its inputs in the cache and its memory at hand, starts from Python each time, and
+never adds up the gradients of a value with several readers. A segment shows the sum of these effects.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from profiler.tensors import ModelTensors
 
 NUM_SEGMENTS, NUM_REPEATS = 4, 8
 MAX_REPEATS, SHORT_S = 40, 0.4
-"""A segment is repeated up to so often while all its repeats together take less than this: what a machine does besides passes in waves."""
+"""A segment is repeated up to so often while all its repeats together take less than this: what a machine does besides
+passes in waves."""
 IN_FLIGHT = 2
-"""Micro-batches whose activations are held at once, as on a stage: fresh memory is slower than memory that was just released."""
+"""Micro-batches whose activations are held at once, as on a stage: fresh memory is slower than memory that was just
+released."""
 MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, PARAMETERS_SHARE = 2**30, 2**27, 1 / 16
-"""A segment holds at most this share of the model's parameters, within these bounds, parameters, gradients and activations
-together: models larger than the device work, and a rank that measures holds little beside its stage."""
+"""A segment holds at most this share of the model's parameters, within these bounds, parameters, gradients and
+activations together: models larger than the device work, and a rank that measures holds little beside its stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

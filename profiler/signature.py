@@ -1,4 +1,5 @@
-"""What makes two nodes cost the same: operator, attributes, shapes, dtypes, strides, gradient flags and modes, as a hash."""
+"""What makes two nodes cost the same: operator, attributes, shapes, dtypes, strides, gradient flags and modes, as a
+hash."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def check_sizes(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
 
 
 def sizes_to_profile(batch: int, num_devices: int) -> list[int]:
-    """Two micro-batch sizes about those that a search over the uses of devices will weigh, so that what a micro-batch costs by itself is known.
+    """Two micro-batch sizes about those that a search over the uses of devices will weigh, so that what a micro-batch
+    costs by itself is known.
 
     From two samples on: with one, some models compute differently.
     """
@@ -60,7 +61,8 @@ def scaling_rule(profiles: Sequence[Profile], microbatch_size: int) -> str:
 
 
 def at_size(profiles: Sequence[Profile], microbatch_size: int) -> Profile:
-    """The profile at a micro-batch size: a line through the two nearest sizes, or in proportion where there is one profile.
+    """The profile at a micro-batch size: a line through the two nearest sizes, or in proportion where there is one
+    profile.
 
     Figures of a size that was not profiled are marked as not measured. Lines never go below zero.
 

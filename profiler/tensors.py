@@ -20,9 +20,10 @@ _WRITING_FUNCTIONS = (
 class ModelTensors:
     """Parameters, buffers and constants of a graph module, as nodes are run with them.
 
-    A parameter on the device is given as a detached alias: nothing that runs reaches its `.grad`. A buffer is copied once
-    a run, so that what updates it (batch norm) works on and the model keeps its own. A tensor that is elsewhere (another
-    device, `meta`) is made afresh at each request and is the caller's to drop, so that one node's tensors exist at a time.
+    A parameter on the device is given as a detached alias: nothing that runs reaches its `.grad`. A buffer is copied
+    once a run, so that what updates it (batch norm) works on and the model keeps its own. A tensor that is elsewhere
+    (another device, `meta`) is made afresh at each request and is the caller's to drop, so that one node's tensors
+    exist at a time.
 
     Args:
         model: the graph module.
@@ -120,7 +121,8 @@ class ModelTensors:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A detached tensor on the device: the same memory where it is there already, else a copy; random values for `meta` and fake tensors.
+    """A detached tensor on the device: the same memory where it is there already, else a copy; random values for `meta`
+    and fake tensors.
 
     Integers without values become zeros, which are valid indices; booleans become true, which masks nothing.
     """
@@ -136,7 +138,8 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def fill_random(tensor: Tensor) -> Tensor:
-    """Writes ordinary values into a tensor, in place: denormal or infinite leftovers of memory would be timed as such."""
+    """Writes ordinary values into a tensor, in place: denormal or infinite leftovers of memory would be timed as
+    such."""
     with torch.no_grad():
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             return tensor.uniform_(-0.05, 0.05) if not tensor.dtype.is_complex else tensor.normal_()
@@ -160,7 +163,8 @@ def _written_attributes(graph: fx.Graph) -> set[str]:
 
 
 def may_write(node: fx.Node) -> bool:
-    """Whether a node looks as if it writes to its first argument, going by torch's naming (`add_`, `setitem`, `out=`)."""
+    """Whether a node looks as if it writes to its first argument, going by torch's naming (`add_`, `setitem`,
+    `out=`)."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

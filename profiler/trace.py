@@ -73,7 +73,8 @@ class Trace:
 
 
 def run_traced(call: Call, tensors: Sequence[Tensor], own: Mapping[str, Tensor]) -> tuple[Any, Trace]:
-    """Runs a node once, for real; its output, with the autograd graph and without what that graph saved, and the trace."""
+    """Runs a node once, for real; its output, with the autograd graph and without what that graph saved, and the
+    trace."""
     versions = [t._version for t in tensors]
     saved = SavedTensors()
     args, kwargs = call.bind(tensors)

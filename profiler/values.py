@@ -1,4 +1,5 @@
-"""The values that flow along the edges of a graph while it is profiled: what is known of each, and real ones on demand."""
+"""The values that flow along the edges of a graph while it is profiled: what is known of each, and real ones on
+demand."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Value:
         requires_grad: whether it gets a gradient.
         target: the dotted path in the model, for a parameter or buffer.
         real: the tensor.
-        is_exact: floats that were computed from indices, masks and constants alone: they count or place something, and random numbers
-            may not stand for them.
+        is_exact: floats that were computed from indices, masks and constants alone: they count or place something, and
+            random numbers may not stand for them.
     """
 
     storage: Storage

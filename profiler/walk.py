@@ -100,7 +100,8 @@ class Walk:
         self.made_up = False
 
     def run(self, visited: Callable[[Visit], None], arriving: Callable[[fx.Node], bool] | None = None) -> None:
-        """Walks the graph, tells of each node before it is entered until that says stop, and reports each compute node."""
+        """Walks the graph, tells of each node before it is entered until that says stop, and reports each compute
+        node."""
         inputs = iter(self._args)
         dying = last_readers(self._model.graph)
         for node in self._model.graph.nodes:

@@ -1,4 +1,5 @@
-"""All assignments of a small graph at once: their loads, peaks and steps in arrays that follow from the profile, and from nothing of the planner."""
+"""All assignments of a small graph at once: their loads, peaks and steps in arrays that follow from the profile, and
+from nothing of the planner."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def costs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Messages:
-    """Time of the messages of A assignments between each two stages (s < t), forward and back, and whether there are any."""
+    """Time of the messages of A assignments between each two stages (s < t), forward and back, and whether there are
+    any."""
 
     there: dict[tuple[int, int], NDArray[np.float64]]
     back: dict[tuple[int, int], NDArray[np.float64]]
@@ -108,10 +110,11 @@ def messages(profile: Profile, stages: Stages, num_stages: int, link: LinkProfil
 
 
 def steps_us(profile: Profile, stages: Stages, K: int, M: int, link: LinkProfile) -> NDArray[np.float64]:
-    """(A) the makespan of 1F1B under each assignment: the actions of all stages, each played for all assignments at once.
+    """(A) the makespan of 1F1B under each assignment: the actions of all stages, each played for all assignments at
+    once.
 
-    A compute waits for its stage and for what it reads. A message waits for the one before it between the same stages, and for
-    the compute that has read the one before that: a stage has two receives of a kind open.
+    A compute waits for its stage and for what it reads. A message waits for the one before it between the same stages,
+    and for the compute that has read the one before that: a stage has two receives of a kind open.
     """
     going = messages(profile, stages, K, link)
     time = {}

@@ -1,4 +1,5 @@
-"""A headless Chromium that is driven over its debugging pipe: a page is opened at a size, its errors are collected, the mouse is moved."""
+"""A headless Chromium that is driven over its debugging pipe: a page is opened at a size, its errors are collected, the
+mouse is moved."""
 
 from __future__ import annotations
 

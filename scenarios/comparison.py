@@ -1,7 +1,8 @@
-"""A model and a call go in; whether the captured graph, whole and cut into stages, computes what the model computes comes out.
+"""A model and a call go in; whether the captured graph, whole and cut into stages, computes what the model computes
+comes out.
 
-Independent of capture's own self-check: the model's state is kept and put back here, the comparison is written anew, and
-stages are run as the engine runs them: tensors that cross are detached, gradients go back stage by stage.
+Independent of capture's own self-check: the model's state is kept and put back here, the comparison is written anew,
+and stages are run as the engine runs them: tensors that cross are detached, gradients go back stage by stage.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def difference(got: Observed, expected: Observed) -> str:
         other = got.get(name)
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
             if value is not other:
-                return f"{name}: {'none' if other is None else 'a tensor'} instead of {'none' if value is None else 'a tensor'}"
+                got, due = ("none" if v is None else "a tensor" for v in (other, value))
+                return f"{name}: {got} instead of {due}"
             continue
         if value.shape != other.shape or value.dtype != other.dtype:
             return f"{name}: {tuple(other.shape)} {other.dtype} instead of {tuple(value.shape)} {value.dtype}"
@@ -234,7 +236,8 @@ def _differences(
 
 
 def other_batch(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A batch of the same shapes and other values: rows in reverse, whole numbers shifted along the last dimension, others scaled."""
+    """A batch of the same shapes and other values: rows in reverse, whole numbers shifted along the last dimension,
+    others scaled."""
 
     def other(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dim() == 0:
@@ -247,7 +250,8 @@ def other_batch(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _on_another_batch(model: nn.Module, captured: Captured, args: Any, kwargs: Any) -> str:
-    """`equal`, `not run` where the plain model does not take the batch, `raises` where a guard says that it is another, or what differs."""
+    """`equal`, `not run` where the plain model does not take the batch, `raises` where a guard says that it is another,
+    or what differs."""
     args, kwargs = other_batch(args, kwargs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     try:

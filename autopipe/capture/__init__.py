@@ -30,7 +30,8 @@ def capture(
 ) -> Captured:
     """Captures `model(*args, **kwargs)` as a graph, at the shapes given and in the mode that the model is in.
 
-    Takes the first of the ways in `autopipe.capture.fallbacks` that works and, where it is checked, computes what the model computes.
+    Takes the first of the ways in `autopipe.capture.fallbacks` that works and, where it is checked, computes what the
+    model computes.
 
     Args:
         model: any module; its parameters may be on the meta device.
@@ -40,7 +41,8 @@ def capture(
             buffers and gradients are put back. Left out for models on the meta device.
 
     Raises:
-        CaptureError: no way works, or the graph does not compute what the model computes. The message names module, file and line.
+        CaptureError: no way works, or the graph does not compute what the model computes. The message names module,
+            file and line.
     """
     call = Call(args=tuple(args), kwargs=dict(kwargs or {}), loss_fn=loss_fn, target=target)
     _check_signature(model, call)
@@ -76,7 +78,8 @@ def _check_signature(model: nn.Module, call: Call) -> None:
         signature.bind(*call.args, **call.kwargs)
     except TypeError as misfit:
         raise CaptureError(
-            f"{type(model).__name__}.forward() called with {len(call.args)} arguments and the keywords {sorted(call.kwargs)}: {misfit}",
+            f"{type(model).__name__}.forward() called with {len(call.args)} arguments and the keywords "
+            f"{sorted(call.kwargs)}: {misfit}",
             expected=f"arguments that fit {signature}",
             where=source_of(model, ""),
             remedy="pass the batch in the way in which the model takes it",

@@ -22,9 +22,9 @@ class Captured:
     """A model captured as a graph.
 
     Attributes:
-        graph_module: takes the tensors among the flattened inputs, in order, and returns the tensors among the flattened
-            outputs as a list; where a loss function was given, the loss comes last.
-            Its submodules and parameters are the model's own, under the model's names.
+        graph_module: takes the tensors among the flattened inputs, in order, and returns the tensors among the
+            flattened outputs as a list; where a loss function was given, the loss comes last. Its submodules and
+            parameters are the model's own, under the model's names.
         in_spec, out_spec: tree structure of `(args, kwargs)` and of the output.
         constants: the flattened inputs that are no tensors, by position; their values are part of the graph.
         input_names: a name for each flattened input, for messages.
@@ -121,7 +121,8 @@ class Captured:
 
     @property
     def guards(self) -> tuple[str, ...]:
-        """What Python read while the model was captured, and what every run is compared with: the value and where it is read."""
+        """What Python read while the model was captured, and what every run is compared with: the value and where it is
+        read."""
         found = []
         for node in self.nodes:
             place = node.meta.get("source", "")

@@ -1,7 +1,8 @@
 """Checkpoint regions, of the model and of the plan: their nodes become one call that is computed again in the backward.
 
-The model's regions behave as in the model. In a region of the plan (`RECOMPUTE`) a second run has no effect beside its value:
-buffers that it writes, such as the statistics of a batch norm, are written once, and it starts from what they held before.
+The model's regions behave as in the model. In a region of the plan (`RECOMPUTE`) a second run has no effect beside its
+value: buffers that it writes, such as the statistics of a batch norm, are written once, and it starts from what they
+held before.
 """
 
 from __future__ import annotations
@@ -79,10 +80,11 @@ def _set_aside(buffers: list[tuple[nn.Module, str]], values: list[Tensor]) -> It
 
 
 def wrap_checkpoints(graph: fx.Graph, root: dict[str, Any]) -> dict[str, Any]:
-    """Replaces each run of nodes that share a `meta["checkpoint"]` by one call; returns the modules that these calls name.
+    """Replaces each run of nodes that share a `meta["checkpoint"]` by one call; returns the modules that these calls
+    name.
 
-    In a region of the model what writes in place is computed again too, as it is by the model: a batch norm there updates its
-    statistics twice in a training step.
+    In a region of the model what writes in place is computed again too, as it is by the model: a batch norm there
+    updates its statistics twice in a training step.
     """
     added: dict[str, Any] = {}
     compute = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]

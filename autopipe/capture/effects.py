@@ -1,9 +1,10 @@
-"""What a recorded node does beside returning a value: storages that it touches and writes, random numbers that it draws.
+"""What a recorded node does beside returning a value: storages that it touches and writes, random numbers that it
+draws.
 
 From the writes follow the groups of nodes that must stay on one stage and in order: a tensor that is written in place,
-its views, and whoever reads them before the last write, or afterwards through a name that is older than the write. A node
-whose value is a tuple stays with those that take it apart, so that only tensors cross between stages; a tensor whose shape
-depends on values stays with its readers, so that those that cross have the shapes that were planned.
+its views, and whoever reads them before the last write, or afterwards through a name that is older than the write. A
+node whose value is a tuple stays with those that take it apart, so that only tensors cross between stages; a tensor
+whose shape depends on values stays with its readers, so that those that cross have the shapes that were planned.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _indexes_by_numbers(func: Any, args: Any) -> bool:
 
 
 class Effects:
-    """Collects the effects of nodes as they run; `finish` writes `meta["writes"]`, `meta["random"]` and `meta["group"]`.
+    """Collects the effects of nodes as they run; `finish` writes `meta["writes"]`, `meta["random"]` and
+    `meta["group"]`.
 
     The tensors seen are kept alive, so that the key of a storage stays its own.
     """
@@ -135,7 +137,8 @@ def _is_compound(value: Any) -> bool:
 
 
 def _differentiated(node: fx.Node) -> list[fx.Node]:
-    """The nodes between the outputs and inputs of a `torch.autograd.grad` inside forward: a cut would break its graph."""
+    """The nodes between the outputs and inputs of a `torch.autograd.grad` inside forward: a cut would break its
+    graph."""
     roots: list[fx.Node] = []
     fx.map_arg(node.args[:1], roots.append)
     above, waiting = set(roots), list(roots)

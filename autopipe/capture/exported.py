@@ -1,4 +1,5 @@
-"""`torch.export` as the way for what the recording cannot follow, such as `torch.cond`; refused where it is known to be wrong."""
+"""`torch.export` as the way for what the recording cannot follow, such as `torch.cond`; refused where it is known to be
+wrong."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def _noting(custom: list[type]) -> Callable[..., Any]:
 
 
 def _flat_graph(graph: fx.Graph, names: dict[str, str], constants: dict[int, Any]) -> fx.Graph:
-    """The graph with one placeholder for each tensor input, a flat list as output, and tied parameters under one name."""
+    """The graph with one placeholder for each tensor input, a flat list as output, and tied parameters under one
+    name."""
     graph.set_codegen(fx.graph.CodeGen())
     for i, node in enumerate([n for n in graph.nodes if n.op == "placeholder"]):
         if i in constants:

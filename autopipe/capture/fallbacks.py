@@ -24,11 +24,10 @@ def recordings(model: nn.Module, call: Call, on_meta: bool) -> Iterator[Captured
 
     1. a recording on fake tensors;
     2. the same with torch's compiling flag set, by which model code picks traceable branches;
-    3. with those modules kept whole whose Python reads values of tensors, as long as they hold a part of the model only;
-    4. `torch.export`;
-    5. on the real tensors, with those modules, and methods of large ones, kept whole whose Python reads values;
-    6. 3 and 5 again, with modules of any size kept whole;
-    7. on the real tensors, with a guard on every value that is read outside of what 5 kept whole, and then on every value.
+    3. with those modules kept whole whose Python reads values of tensors, as long as they hold a part of the model
+    only; 4. `torch.export`; 5. on the real tensors, with those modules, and methods of large ones, kept whole whose
+    Python reads values; 6. 3 and 5 again, with modules of any size kept whole; 7. on the real tensors, with a guard on
+    every value that is read outside of what 5 kept whole, and then on every value.
 
     Raises:
         CaptureError: none is left, and none worked. The message names module, file and line.
@@ -79,10 +78,11 @@ def _attempt(model: nn.Module, call: Call, way: CaptureMode) -> Captured | None:
 def _with_places_kept(
     model: nn.Module, call: Call, way: CaptureMode, last: TraceFailure | None, limit: float = 1.0
 ) -> tuple[Captured | None, dict[str, str]]:
-    """Keeps the innermost places whole whose Python reads values; what the model's own code reads is guarded where it may be.
+    """Keeps the innermost places whole whose Python reads values; what the model's own code reads is guarded where it
+    may be.
 
-    A module with more than `limit` of the parameters is not kept whole: of what it reads, yes-no answers alone are guarded. Returns the graph, None where
-    there is none, and the places kept with the reason.
+    A module with more than `limit` of the parameters is not kept whole: of what it reads, yes-no answers alone are
+    guarded. Returns the graph, None where there is none, and the places kept with the reason.
     """
     kept, guard_in, all_parameters = dict[str, str](), set[str](), _size(model)
     for _ in range(_MAX_OPAQUE):
@@ -145,7 +145,8 @@ def _error(model: nn.Module, failure: TraceFailure) -> CaptureError:
         f"{_module(model, failure.module)} could not be captured: {_reason(failure)}",
         expected="tensor code that can be run on tensors without data",
         where=_place(failure.cause) or source_of(model, failure.module or ""),
-        remedy="move the code that reads tensor values into a submodule of its own, which is then kept whole, or write it as tensor code",
+        remedy="move the code that reads tensor values into a submodule of its own, which is then kept whole, or "
+        "write it as tensor code",
     )
 
 

@@ -1,4 +1,5 @@
-"""Values of tensors that Python reads while a model is recorded: how they are found, and the nodes that check them at every run."""
+"""Values of tensors that Python reads while a model is recorded: how they are found, and the nodes that check them at
+every run."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def guard(name: str, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     got = getattr(Tensor, name)(*args, **kwargs)
     if got != expected:
         raise RuntimeError(
-            f"the model was captured while Tensor.{name}() gave {expected!r}, and now it gives {got!r}; remedy: {_REMEDY}"
+            f"the model was captured while Tensor.{name}() gave {expected!r}, and now it gives {got!r}; remedy: "
+            f"{_REMEDY}"
         )
 
 
@@ -37,14 +39,16 @@ def guard_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def guard_plain(value: Any, numbers: list[Any], shapes: list[tuple[int, ...]] | None) -> None:
-    """Raises where code kept whole gives other numbers beside its tensors, or other shapes, than when the model was captured."""
+    """Raises where code kept whole gives other numbers beside its tensors, or other shapes, than when the model was
+    captured."""
     seen = {"numbers": (plain_values(value), numbers)}
     if shapes is not None:
         seen["shapes"] = [tuple(t.shape) for t in tensors_inside(value)], [tuple(s) for s in shapes]
     for what, (got, expected) in seen.items():
         if got != expected:
             raise RuntimeError(
-                f"the model was captured while code that reads values gave the {what} {expected!r}, and now it gives {got!r}; "
+                f"the model was captured while code that reads values gave the {what} {expected!r}, and now it "
+                f"gives {got!r}; "
                 f"remedy: capture the model again, or keep the code that uses them in one submodule"
             )
 
@@ -73,7 +77,8 @@ class Permission:
     of: Places
 
     def given(self, module: str, answer: bool) -> bool:
-        """Whether a value, or the answer to a yes-no question, that `module`, the innermost that runs, reads now may become a guard."""
+        """Whether a value, or the answer to a yes-no question, that `module`, the innermost that runs, reads now may
+        become a guard."""
         if self.everywhere:
             return True
         if module not in self.places and not (answer and module in self.answers_in):
@@ -83,7 +88,8 @@ class Permission:
 
 
 def ctc_twin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What `F.ctc_loss` gives, without its values: it reads lengths, on which the shape of its result does not depend."""
+    """What `F.ctc_loss` gives, without its values: it reads lengths, on which the shape of its result does not
+    depend."""
     names = ("log_probs", "targets", "input_lengths", "target_lengths", "blank", "reduction")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if given.get("reduction", "mean") == "none":
@@ -93,7 +99,8 @@ def ctc_twin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def drawn_at_random(nodes: Iterable[fx.Node]) -> bool:
-    """Whether the values of these nodes come from an operator that draws; what only follows a dropout does not count."""
+    """Whether the values of these nodes come from an operator that draws; what only follows a dropout does not
+    count."""
     waiting = list(nodes)
     seen = set(waiting)
     while waiting:
@@ -114,7 +121,8 @@ _OUTSIDE_OF_UNIT = {  # what a comparison of a number drawn from [0, 1) with a b
 
 
 def settled(node: fx.Node) -> bool | None:
-    """What a comparison says whatever is drawn, such as `torch.rand([]) < layerdrop` where that is 0; None where it is open."""
+    """What a comparison says whatever is drawn, such as `torch.rand([]) < layerdrop` where that is 0; None where it is
+    open."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     answer = _OUTSIDE_OF_UNIT.get(name.strip("_"))
     if answer is None or len(node.args) != 2 or not isinstance(node.args[1], (int, float)):

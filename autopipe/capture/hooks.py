@@ -1,4 +1,5 @@
-"""Hooks on the whole model: nodes of the graph before its first and after its last, in which the user's functions run at every micro-batch."""
+"""Hooks on the whole model: nodes of the graph before its first and after its last, in which the user's functions run
+at every micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The model's own initialisation, run so that a parameter's values depend on the seed and its name, and not on which others are there."""
+"""The model's own initialisation, run so that a parameter's values depend on the seed and its name, and not on which
+others are there."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def initialise(model: nn.Module, names: Collection[str], seed: int) -> None:
                 f"no code of the model gives a value to {name!r}",
                 expected="a module with reset_parameters(), or a model with _init_weights(module)",
                 where=f"{type(model.get_submodule(name.rpartition('.')[0])).__name__}",
-                remedy="give the module a reset_parameters() that fills its parameters and buffers, or give a state dict",
+                remedy="give the module a reset_parameters() that fills its parameters and buffers, or give a state "
+                "dict",
             )
 
 
@@ -69,7 +71,8 @@ def _holds(module: nn.Module, ours: dict[str, Tensor]) -> bool:
 
 
 def _reset_of(model: nn.Module, module: nn.Module) -> Callable[[], Any] | None:
-    """What initialises a module: transformers' `_init_weights` of the model where it has one, else its own `reset_parameters`."""
+    """What initialises a module: transformers' `_init_weights` of the model where it has one, else its own
+    `reset_parameters`."""
     of_model = getattr(model, "_init_weights", None)
     if callable(of_model):
         return lambda: of_model(module)
@@ -85,7 +88,8 @@ def _methods(module: nn.Module) -> set[str]:
 
 
 class _SeededByName(TorchDispatchMode):
-    """Seeds the generator before every operator that draws: by the name of the tensor it fills, else by the module that runs."""
+    """Seeds the generator before every operator that draws: by the name of the tensor it fills, else by the module that
+    runs."""
 
     def __init__(self, tensors: dict[str, Tensor], seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -17,7 +17,8 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class LossModule(nn.Module):
-    """Calls `loss_fn(output, target)` on flattened values. The function is kept whole: its Python runs at every micro-batch."""
+    """Calls `loss_fn(output, target)` on flattened values. The function is kept whole: its Python runs at every
+    micro-batch."""
 
     def __init__(self, loss_fn: LossFunction, out_spec: pytree.TreeSpec, target_spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class LossModule(nn.Module):
 
 
 def find_loss(output: Any, leaves: list[Any]) -> int | None:
-    """Position of the model's own loss among the flattened output: `output.loss`, `output["loss"]`, or a scalar output."""
+    """Position of the model's own loss among the flattened output: `output.loss`, `output["loss"]`, or a scalar
+    output."""
     loss: Any = None
     if isinstance(output, Tensor):
         loss = output

@@ -1,4 +1,5 @@
-"""A model on the meta device and the names that a stage holds go in; these parameters and buffers get values, and no others do."""
+"""A model on the meta device and the names that a stage holds go in; these parameters and buffers get values, and no
+others do."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ def materialise(
     Args:
         model: some or all of its parameters and buffers are on the meta device; those that are not are left.
         names: parameters and buffers by name, as `autopipe.placement.owners` gives them for a stage.
-        source: a state dict, or a mapping that reads a tensor when it is asked for (`autopipe.checkpoint.open_weights`). Only
-            the tensors named are taken. Without it the model initialises itself, by its modules' `reset_parameters`.
+        source: a state dict, or a mapping that reads a tensor when it is asked for
+            (`autopipe.checkpoint.open_weights`). Only the tensors named are taken. Without it the model initialises
+            itself, by its modules' `reset_parameters`.
         later: tensors that the caller fills: they get memory, and no values.
         exact: gets the values of those that the source has in another dtype, as they are there.
         seed: of the initialisation, which depends on it and on the names of parameters, not on the number of stages.
@@ -59,7 +61,8 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def names_in(source: Mapping[str, Tensor], model: nn.Module, wanted: Collection[str]) -> dict[str, str]:
-    """For each wanted tensor, the name under which the source has it: a tied parameter may be there under any of its names.
+    """For each wanted tensor, the name under which the source has it: a tied parameter may be there under any of its
+    names.
 
     Raises:
         CheckpointError: a parameter or a buffer of the state dict is not there.

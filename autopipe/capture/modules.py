@@ -1,4 +1,5 @@
-"""How module calls are recorded: torch.nn leaves and opaque modules as one node, all others by what their forward calls."""
+"""How module calls are recorded: torch.nn leaves and opaque modules as one node, all others by what their forward
+calls."""
 
 from __future__ import annotations
 
@@ -150,7 +151,8 @@ class ModuleCalls:
 
     @contextlib.contextmanager
     def whole_methods(self, model: nn.Module) -> Iterator[dict[str, nn.Module]]:
-        """While open, calls of the methods among the places kept whole are one node each; gives the modules that these nodes name."""
+        """While open, calls of the methods among the places kept whole are one node each; gives the modules that these
+        nodes name."""
         found = dict[str, nn.Module]()
         for place in sorted(p for p in self._opaque if ":" in p):
             name, _, method = place.partition(":")
@@ -203,7 +205,8 @@ class ModuleCalls:
     def _run_on_real_tensors(
         self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any
     ) -> Any:
-        """Runs a module whose Python reads values on made-up inputs of the right shapes, to learn the shape of its output."""
+        """Runs a module whose Python reads values on made-up inputs of the right shapes, to learn the shape of its
+        output."""
         assert self._fake_mode is not None
         parameters = [n for n, _ in module.named_parameters(remove_duplicate=False)]
         buffers = [n for n, _ in module.named_buffers(remove_duplicate=False)]

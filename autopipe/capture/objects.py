@@ -1,4 +1,5 @@
-"""Objects that hold tensors and are no containers of Python: caches, dataclasses, outputs of transformers. How they are seen, copied and made again."""
+"""Objects that hold tensors and are no containers of Python: caches, dataclasses, outputs of transformers. How they are
+seen, copied and made again."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 _MAX_DEPTH = 4
 _OPAQUE_TYPES = (
-    str, bytes, int, float, complex, type(None), type, Enum, np.generic, np.ndarray, torch.dtype, torch.device, torch.Generator,
+    str, bytes, int, float, complex, type(None), type, Enum, np.generic, np.ndarray,
+    torch.dtype, torch.device, torch.Generator,
     nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, pytree.TreeSpec,
 )  # fmt: skip
 

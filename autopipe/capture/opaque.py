@@ -1,4 +1,5 @@
-"""A module or function that is kept whole, run once on made-up tensors, so that the shapes of what it gives are known."""
+"""A module or function that is kept whole, run once on made-up tensors, so that the shapes of what it gives are
+known."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def run_module(
     kwargs: Any,
     fake_mode: FakeTensorMode,
 ) -> Any:
-    """The fake twin of what a module gives; `real`: its parameters and buffers by name (those of scripted modules are left)."""
+    """The fake twin of what a module gives; `real`: its parameters and buffers by name (those of scripted modules are
+    left)."""
     scripted = tuple(f"{n}." if n else "" for n, m in module.named_modules() if is_scripted(m))
     tensors = {n: t for n, t in real.items() if not (scripted and n.startswith(scripted))}
     own_grad = any(p.requires_grad for p in module.parameters())
@@ -41,11 +43,12 @@ def real_like(
 ) -> Any:
     """The fake twin of what `function(args, kwargs)` gives on real tensors of the same shapes, made up.
 
-    Which path the function takes depends on the values, so its floating-point outputs count as differentiable wherever an
-    input is, or where `own_grad` says that it has trained parameters of its own.
+    Which path the function takes depends on the values, so its floating-point outputs count as differentiable wherever
+    an input is, or where `own_grad` says that it has trained parameters of its own.
 
     Raises:
-        Untraceable: the function puts other tensors into an object that it is given, or the shapes depend on the values.
+        Untraceable: the function puts other tensors into an object that it is given, or the shapes depend on the
+            values.
     """
     grad = torch.is_grad_enabled() and (own_grad or any(t.requires_grad for t in tensors_inside((args, kwargs))))
     with unset_fake_temporarily():
@@ -71,7 +74,8 @@ def _run_made_up(function: Callable[[Any, Any], Any], args: Any, kwargs: Any) ->
 
 
 def what_varies(function: Callable[..., Any], owner: nn.Module, args: Any, kwargs: Any, out: Any) -> Varies:
-    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes or numbers for its inputs in another order, larger, or zero.
+    """Whether `function(*args, **kwargs)`, which gave `out`, gives other shapes or numbers for its inputs in another
+    order, larger, or zero.
 
     Where it fails for these, its shapes count as varying. The buffers of `owner` are put back.
     """
@@ -97,7 +101,8 @@ def what_varies(function: Callable[..., Any], owner: nn.Module, args: Any, kwarg
 
 
 def _shuffled(tensor: Tensor, scale: int) -> Tensor:
-    """The values of a tensor of numbers in another order and times `scale`; whole numbers, which may be indices, as they are."""
+    """The values of a tensor of numbers in another order and times `scale`; whole numbers, which may be indices, as
+    they are."""
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         return tensor.detach().clone()
     value = tensor.detach().flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view(tensor.shape) * scale

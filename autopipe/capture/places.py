@@ -1,4 +1,5 @@
-"""Places in a model's code: file and line, and what can be kept whole: a module, by its name, and a method of a module, as `name:method`."""
+"""Places in a model's code: file and line, and what can be kept whole: a module, by its name, and a method of a module,
+as `name:method`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class MethodModule(nn.Module):
     """Calls a method of a module as a module of its own in the graph.
 
     Attributes:
-        names: the owner's parameters and buffers that the method reads; their values are the first argument of the call.
+        names: the owner's parameters and buffers that the method reads; their values are the first argument of the
+            call.
     """
 
     names: tuple[str, ...] = ()

@@ -34,9 +34,11 @@ class Varies(NamedTuple):
 
 
 class ValueReads(TorchFunctionMode, ABC):
-    """Decides what is done where a value of a tensor, or a shape that depends on values, is read: a guard, or a refusal.
+    """Decides what is done where a value of a tensor, or a shape that depends on values, is read: a guard, or a
+    refusal.
 
-    A tensor whose shape depends on values is marked by `meta["varying"]`, unless shapes are to be fixed: then it is guarded.
+    A tensor whose shape depends on values is marked by `meta["varying"]`, unless shapes are to be fixed: then it is
+    guarded.
     """
 
     graph: fx.Graph
@@ -59,7 +61,8 @@ class ValueReads(TorchFunctionMode, ABC):
         """Notes on a node what it gave, and where it was recorded."""
 
     def guard_whole(self, node: fx.Node, out: Any, varying: Varies) -> None:
-        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not vary.
+        """Code kept whole that read values: the numbers that it gives are guarded, and its shapes where they may not
+        vary.
 
         Raises:
             Untraceable: the numbers vary, so that a guard would stop nearly every run.
@@ -104,7 +107,8 @@ class ValueReads(TorchFunctionMode, ABC):
         return self.evaluate.fake_twin(op, target, args, kwargs)
 
     def may_be_read(self, what: str, cause: Exception | None = None, answer: bool = False) -> None:
-        """Raises where what the running code reads, a value or the answer to a yes-no question, may not become a guard."""
+        """Raises where what the running code reads, a value or the answer to a yes-no question, may not become a
+        guard."""
         if not self.permission.given(next(reversed(self.module_stack), ""), answer):
             raise Untraceable(what) from cause
 

@@ -1,4 +1,5 @@
-"""The recording tracer: every outermost torch call becomes a node of an fx graph, while the model's own Python runs on fake tensors."""
+"""The recording tracer: every outermost torch call becomes a node of an fx graph, while the model's own Python runs on
+fake tensors."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Recorder(ValueReads):
         self._attributes = attributes
 
     def evaluate_with(self, evaluate: Evaluator) -> None:
-        """`evaluate`: finds the values behind fake tensors; raises `Untraceable` where these need more than the inputs."""
+        """`evaluate`: finds the values behind fake tensors; raises `Untraceable` where these need more than the
+        inputs."""
         self.evaluate = evaluate
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ class Recorder(ValueReads):
         return out
 
     def check_python_random(self) -> None:
-        """Raises where Python or numpy has drawn random numbers since the recording began, outside of what is kept whole."""
+        """Raises where Python or numpy has drawn random numbers since the recording began, outside of what is kept
+        whole."""
         if not self.inside and python_random() != self._python_random:
             raise Untraceable("random numbers drawn by Python or numpy, which a graph would draw only once")
 
@@ -277,7 +280,8 @@ class Recorder(ValueReads):
         return out
 
     def _bound_to(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """A call that changes what the tensor object is to autograd: a hook, or that it requires a gradient. It stays with its maker."""
+        """A call that changes what the tensor object is to autograd: a hook, or that it requires a gradient. It stays
+        with its maker."""
         tensor = args[0]
         if name == "register_hook":
             if any(tensors_in(cell.cell_contents) for cell in getattr(args[1], "__closure__", None) or ()):
@@ -316,6 +320,7 @@ def _target(func: Any, name: str) -> tuple[str, Any]:
 
 # Questions about a tensor that are not about its values: asked often, and never part of the graph.
 _PLAIN_QUESTIONS = {
-    "size", "dim", "numel", "nelement", "__len__", "stride", "storage_offset", "is_floating_point", "is_complex", "is_contiguous",
-    "is_signed", "element_size", "get_device", "ndimension", "is_conj", "is_neg", "is_inference", "__repr__", "__format__", "__hash__",
+    "size", "dim", "numel", "nelement", "__len__", "stride", "storage_offset", "is_floating_point", "is_complex",
+    "is_contiguous", "is_signed", "element_size", "get_device", "ndimension", "is_conj", "is_neg", "is_inference",
+    "__repr__", "__format__", "__hash__",
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Grad mode and autocast as state of each node: read while recording, written back into a graph as enter and exit nodes."""
+"""Grad mode and autocast as state of each node: read while recording, written back into a graph as enter and exit
+nodes."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def is_region_node(node: fx.Node) -> bool:
 
 
 def emit_regions(graph: fx.Graph) -> None:
-    """Inserts the nodes that switch modes wherever the region of consecutive nodes differs. `graph` must hold none yet."""
+    """Inserts the nodes that switch modes wherever the region of consecutive nodes differs. `graph` must hold none
+    yet."""
     current, entered = PLAIN, list[fx.Node]()
 
     def switch(to: Region, before: fx.Node) -> None:

@@ -1,4 +1,5 @@
-"""Random operations that do not depend on where they run: each node that draws is preceded by one that seeds, from step, micro-batch and node."""
+"""Random operations that do not depend on where they run: each node that draws is preceded by one that seeds, from
+step, micro-batch and node."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class RandomSource:
         self._place: tuple[int, int, int] | None = None
 
     def set(self, seed: int, step: int, microbatch: int) -> None:
-        """The micro-batch that is run from now on, forward or backward (a checkpoint region is computed again in the backward)."""
+        """The micro-batch that is run from now on, forward or backward (a checkpoint region is computed again in the
+        backward)."""
         self._place = seed, step, microbatch
 
     def seed(self, node: int) -> None:

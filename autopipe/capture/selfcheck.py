@@ -1,4 +1,5 @@
-"""Whether a captured graph computes what the model computes: one micro-batch through both, outputs, gradients and buffers compared."""
+"""Whether a captured graph computes what the model computes: one micro-batch through both, outputs, gradients and
+buffers compared."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
         got = _observe(model, run_graph)
     except Exception as cause:
         raise CaptureError(
-            f"the captured graph fails where the model runs: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+            f"the captured graph fails where the model runs: {type(cause).__name__}: "
+            f"{str(cause).splitlines()[0] if str(cause) else ''}",
             expected="a graph that runs on the micro-batch it was captured with",
             where=source_of(model, ""),
             remedy="keep code whose path depends on values or on random numbers in a submodule of its own",
@@ -105,7 +107,8 @@ def self_check(model: nn.Module, captured: Captured, call: Call) -> None:
                 f"the captured graph differs from the model in {name}: {difference}",
                 expected="equal outputs, gradients and buffers on one micro-batch",
                 where=source_of(model, _owner(name)),
-                remedy="look for Python randomness or state that changes from call to call; self_check=False trusts the graph",
+                remedy="look for Python randomness or state that changes from call to call; self_check=False trusts "
+                "the graph",
             )
 
 
@@ -133,7 +136,8 @@ def _observe(model: nn.Module, run: Any) -> dict[str, Any]:
 def _gradients(
     parameters: dict[str, nn.Parameter], roots: list[Tensor], weights: list[Tensor]
 ) -> dict[str, Tensor | None]:
-    """The gradients of one backward; those that were there are put back. (Reentrant checkpoints refuse `torch.autograd.grad`.)"""
+    """The gradients of one backward; those that were there are put back. (Reentrant checkpoints refuse
+    `torch.autograd.grad`.)"""
     before = {n: p.grad for n, p in parameters.items()}
     for p in parameters.values():
         p.grad = None

@@ -1,4 +1,5 @@
-"""One recording of a model: fake tensors in the place of its parameters, its forward run once, the graph made from what was called."""
+"""One recording of a model: fake tensors in the place of its parameters, its forward run once, the graph made from what
+was called."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from autopipe.capture.regions import emit_regions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """How the model is called: a micro-batch as `model(*args, **kwargs)` takes it, and the loss function with its target."""
+    """How the model is called: a micro-batch as `model(*args, **kwargs)` takes it, and the loss function with its
+    target."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -45,10 +47,11 @@ class CaptureMode:
         compiling: let `torch.compiler.is_compiling()` be true meanwhile.
         real: run on the real tensors, so that places kept whole see real values.
         guarded: run on the real tensors, and record all values that Python reads as equality guards.
-        guard_in: modules in whose own code values may become equality guards: on fake tensors those that follow from the
-            inputs alone, on real ones all but those drawn at random.
+        guard_in: modules in whose own code values may become equality guards: on fake tensors those that follow from
+            the inputs alone, on real ones all but those drawn at random.
         answers_in: modules in whose own code the answers to yes-no questions alone may.
-        fixed: there, shapes that depend on values become guards too; else they may vary, and no Python may ask for them.
+        fixed: there, shapes that depend on values become guards too; else they may vary, and no Python may ask for
+            them.
     """
 
     opaque: frozenset[str] = frozenset()
@@ -82,7 +85,8 @@ State = dict[tuple[str, str], Any]
 
 
 def trace(model: nn.Module, call: Call, way: CaptureMode = CaptureMode()) -> Captured:
-    """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not steer it.
+    """Records the model; where its forward changes plain attributes of modules (a counter), makes sure that they do not
+    steer it.
 
     Raises:
         TraceFailure: the model's Python could not be run this way, or its next call would be another graph.
@@ -94,14 +98,16 @@ def trace(model: nn.Module, call: Call, way: CaptureMode = CaptureMode()) -> Cap
         if again.graph_hash != captured.graph_hash:
             module, attribute = next(iter(state))
             cause = Untraceable(
-                f"attribute {attribute!r} of module {module!r}, which forward changes, steers what the next call computes"
+                f"attribute {attribute!r} of module {module!r}, which forward changes, steers what the next call "
+                "computes"
             )
             raise TraceFailure(cause, module)
     return captured
 
 
 def _record(model: nn.Module, call: Call, start: State, way: CaptureMode) -> tuple[Captured, State]:
-    """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call changed too.
+    """Records one call of the model, its modules' attributes set to `start`; returns the attributes that the call
+    changed too.
 
     Raises:
         TraceFailure: the model's Python could not be run this way.
@@ -195,7 +201,8 @@ def _stand_in(fake_mode: FakeTensorMode | None, tensor: Tensor, device: torch.de
 
 
 def _inputs(recorder: Recorder, fake_mode: FakeTensorMode | None, call: Call) -> tuple[Any, Any, dict[str, Any]]:
-    """Placeholders for the tensors of the call. Returns (args, kwargs) and target as the recorded call sees them, and fields of Captured."""
+    """Placeholders for the tensors of the call. Returns (args, kwargs) and target as the recorded call sees them, and
+    fields of Captured."""
     given: tuple[Any, ...] = (call.args, dict(call.kwargs))
     if call.loss_fn is not None:
         given = (*given, call.target)
@@ -351,7 +358,8 @@ def _mark_effects(graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> 
 def graph_module(
     model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], modules: Mapping[str, nn.Module]
 ) -> fx.GraphModule:
-    """A GraphModule over the model's own submodules, parameters and buffers; constants become buffers outside its state dict."""
+    """A GraphModule over the model's own submodules, parameters and buffers; constants become buffers outside its state
+    dict."""
     tensors = (
         dict(model.named_parameters(remove_duplicate=False))
         | dict(model.named_buffers(remove_duplicate=False))

@@ -1,4 +1,5 @@
-"""Checkpoints and weights on disk: tensors by the model's names, all else as JSON; nothing that is read can run code."""
+"""Checkpoints and weights on disk: tensors by the model's names, all else as JSON; nothing that is read can run
+code."""
 
 from autopipe.checkpoint.convert import MAX_SHARD_BYTES, TARGETS, convert
 from autopipe.checkpoint.folders import META, SCHEMA, newest, published, read_meta

@@ -1,4 +1,5 @@
-"""A checkpoint becomes weights that the plain model loads; weights become a checkpoint. One tensor is in memory at a time."""
+"""A checkpoint becomes weights that the plain model loads; weights become a checkpoint. One tensor is in memory at a
+time."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ def convert(
     """Writes the model's tensors of `source` as `out`.
 
     Args:
-        source: a checkpoint; weights, as `open_weights` takes them; or, with `names`, a pipeline checkpoint of DeepSpeed.
-        out: `*.safetensors` or `*.pt`: one file; otherwise a folder: of safetensors for a checkpoint, of a checkpoint for weights.
+        source: a checkpoint; weights, as `open_weights` takes them; or, with `names`, a pipeline checkpoint of
+            DeepSpeed.
+        out: `*.safetensors` or `*.pt`: one file; otherwise a folder: of safetensors for a checkpoint, of a checkpoint
+            for weights.
         to: what to write, where the name of `out` does not say it.
         max_shard_bytes: in a folder, the size from which a new safetensors file is begun.
         names: a JSON file of DeepSpeed's layers and their names in the model.

@@ -1,7 +1,8 @@
 """A pipeline checkpoint of DeepSpeed and a map of names go in; its tensors come out under the names of a model.
 
-DeepSpeed's `PipelineModule` saves the state dict of layer 7 as `layer_07-model_00-model_states.pt`, or `layer_07-model_states.pt`,
-in a folder for each step. Its keys know the number of a layer and the names within it, not the model's.
+DeepSpeed's `PipelineModule` saves the state dict of layer 7 as `layer_07-model_00-model_states.pt`, or
+`layer_07-model_states.pt`, in a folder for each step. Its keys know the number of a layer and the names within it, not
+the model's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _LAYER = re.compile(r"layer_(\d{2,9})(?:-model_(\d{2,9}))?-model_states\.pt")
 
 
 def layers_folder(path: Path) -> Path | None:
-    """The folder with the layers of a pipeline checkpoint: the path, or the step in it that its file `latest` names; None: there is none."""
+    """The folder with the layers of a pipeline checkpoint: the path, or the step in it that its file `latest` names;
+    None: there is none."""
     latest = path / "latest"
     step = latest.read_text().strip() if latest.is_file() else ""
     for folder in (path, path / Path(step).name):
@@ -34,11 +36,13 @@ def open_deepspeed(folder: Path, names: Path) -> Weights:
 
     Args:
         folder: the one with the layers, such as `global_step100`.
-        names: JSON: for each layer the module that it is in the model (`{"1": "blocks.0"}`; "" for the model itself), or for
-            single tensors their names (`{"0.weight": "wte.weight"}`), which go first. null leaves a layer or tensor out.
+        names: JSON: for each layer the module that it is in the model (`{"1": "blocks.0"}`; "" for the model itself),
+            or for single tensors their names (`{"0.weight": "wte.weight"}`), which go first. null leaves a layer or
+            tensor out.
 
     Raises:
-        CheckpointError: a layer has no name, two tensors get the same, or a layer is split over several model-parallel ranks.
+        CheckpointError: a layer has no name, two tensors get the same, or a layer is split over several model-parallel
+            ranks.
     """
     given: Any = named(lambda: json.loads(names.read_text()), names, "give a JSON object of layers and module names")
     if not isinstance(given, dict) or not all(isinstance(v, (str, type(None))) for v in given.values()):

@@ -35,7 +35,8 @@ def fault(where: Path, cause: BaseException, remedy: str = KEPT) -> CheckpointEr
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind another: where a write fails, torch's zip writer raises one about positions in its file."""
+    """The operating system's error behind another: where a write fails, torch's zip writer raises one about positions
+    in its file."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

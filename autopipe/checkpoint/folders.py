@@ -1,4 +1,5 @@
-"""Where checkpoints lie: the newest whole one of a directory is found, a new one is published by one rename, old ones are removed.
+"""Where checkpoints lie: the newest whole one of a directory is found, a new one is published by one rename, old ones
+are removed.
 
 DIRECTORY/step-00000120/meta.json     step, plan, optimizer options, scheduler, loss scale, seed, the user's own state
 DIRECTORY/step-00000120/.metadata     which tensor lies where
@@ -121,7 +122,8 @@ def discard(root: Path, step: int) -> None:
 
 
 def publish(root: Path, step: int, meta: str, keep: int | None) -> Path:
-    """Adds `meta.json` to a written step and gives it its name. At every moment a whole checkpoint is there, if one was before."""
+    """Adds `meta.json` to a written step and gives it its name. At every moment a whole checkpoint is there, if one was
+    before."""
     aside, final = writing(root, step), published(root, step)
     with open(aside / META, "w") as file:
         file.write(meta)

@@ -1,8 +1,10 @@
-"""A safetensors or torch file goes in; where each of its tensors lies comes out, so that single tensors can be read and no code is run.
+"""A safetensors or torch file goes in; where each of its tensors lies comes out, so that single tensors can be read and
+no code is run.
 
 Both formats hold tensors as plain bytes, so that one is read straight into its own memory: the file is never mapped or
-loaded whole. A safetensors file is `<u64 length> <JSON header> <bytes>` (https://github.com/huggingface/safetensors#format);
-where the storages of a torch file lie is what `torch.load` tells under a fake mode.
+loaded whole. A safetensors file is `<u64 length> <JSON header> <bytes>`
+(https://github.com/huggingface/safetensors#format); where the storages of a torch file lie is what `torch.load` tells
+under a fake mode.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The tensors of a checkpoint, through `torch.distributed.checkpoint`: each rank writes its own, and reads by name what it needs.
+"""The tensors of a checkpoint, through `torch.distributed.checkpoint`: each rank writes its own, and reads by name what
+it needs.
 
 A checksum of every tensor is kept beside them and compared when it is read: torch does not notice a flipped bit.
 """
@@ -23,7 +24,8 @@ from autopipe.checkpoint.unpickling import SafeUnpickler
 from autopipe.errors import CheckpointError
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng"
-"""What the keys of tensors begin with: of the model, by its names; of the optimizer, `optimizer.PARAMETER.STATE`; random state."""
+"""What the keys of tensors begin with: of the model, by its names; of the optimizer, `optimizer.PARAMETER.STATE`;
+random state."""
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor | Stored], group: Any) -> dict[str, int]:
@@ -83,7 +85,8 @@ def checksum(tensor: Tensor) -> int:
 
 
 def expect_one_process() -> None:
-    """torch warns where it saves or loads without a process group, which is meant here. (Filters are not safe to change in a thread.)"""
+    """torch warns where it saves or loads without a process group, which is meant here. (Filters are not safe to change
+    in a thread.)"""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -116,7 +119,8 @@ class Reader:
         self.names: dict[str, str] = self._field("names", dict)
         if self.stored.keys() != self._checksums.keys():
             raise CheckpointError(
-                f"tensors {sorted(self.stored.keys() ^ self._checksums.keys())[:3]} in only one of {METADATA} and {META}",
+                f"tensors {sorted(self.stored.keys() ^ self._checksums.keys())[:3]} in only one of {METADATA} and "
+                f"{META}",
                 expected="the same tensors in both",
                 where=str(checkpoint),
                 remedy=DAMAGED,
@@ -137,7 +141,8 @@ class Reader:
         return value
 
     def key_of(self, aliases: Sequence[str]) -> str:
-        """The key of a tensor of the model that has these names; weights from elsewhere may have been saved under any of them."""
+        """The key of a tensor of the model that has these names; weights from elsewhere may have been saved under any
+        of them."""
         name = next((self.names[n] for n in aliases if n in self.names), aliases[0])
         return f"{MODEL}{name}"
 

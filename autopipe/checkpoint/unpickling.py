@@ -1,4 +1,5 @@
-"""`.metadata` of a checkpoint is a pickle; it is read with an allow-list of plain records, so that nothing in it can run code."""
+"""`.metadata` of a checkpoint is a pickle; it is read with an allow-list of plain records, so that nothing in it can
+run code."""
 
 from __future__ import annotations
 

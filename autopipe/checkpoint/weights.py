@@ -1,4 +1,5 @@
-"""The weights of a model on disk, whoever wrote them, go in; a mapping from names to tensors comes out that reads one when it is asked for."""
+"""The weights of a model on disk, whoever wrote them, go in; a mapping from names to tensors comes out that reads one
+when it is asked for."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def open_weights(path: str | Path) -> Weights:
     """The weights in a file or folder.
 
     Args:
-        path: a safetensors or torch file; the index of several (`*.index.json`); a folder that holds either; or a checkpoint
-            of autopipe. No tensor is read before it is asked for, and no code is run.
+        path: a safetensors or torch file; the index of several (`*.index.json`); a folder that holds either; or a
+            checkpoint of autopipe. No tensor is read before it is asked for, and no code is run.
 
     Raises:
         CheckpointError: there are none, or a file is damaged.

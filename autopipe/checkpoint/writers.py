@@ -56,7 +56,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, Stored], max_shard_bytes: int) -> list[Path]:
-    """Writes `model.safetensors`, or, where it would be larger, shards with `model.safetensors.index.json`, as transformers reads them.
+    """Writes `model.safetensors`, or, where it would be larger, shards with `model.safetensors.index.json`, as
+    transformers reads them.
 
     Raises:
         CheckpointError: as `write_safetensors`.

@@ -1,4 +1,5 @@
-"""The `autopipe` command: a command line goes in, an exit status comes out (0 done, 1 verify found a fault, 2 an error)."""
+"""The `autopipe` command: a command line goes in, an exit status comes out (0 done, 1 verify found a fault, 2 an
+error)."""
 
 from __future__ import annotations
 

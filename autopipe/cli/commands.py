@@ -47,7 +47,8 @@ def plan_command(options: argparse.Namespace) -> None:
 
 
 def report_command(options: argparse.Namespace) -> None:
-    """`autopipe report MODEL | --plan FILE | --profile FILE | --measured FILE`: the plan and what it costs, or cost in a run."""
+    """`autopipe report MODEL | --plan FILE | --profile FILE | --measured FILE`: the plan and what it costs, or cost in
+    a run."""
     format = _format(options, SUFFIXES)
     if options.measured is not None:
         _write(options, _measured(options, format))
@@ -99,7 +100,8 @@ def simulate_command(options: argparse.Namespace) -> None:
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    """`autopipe verify MODEL --num-stages K`: a pipeline of local processes beside the plain model; 1 where they differ."""
+    """`autopipe verify MODEL --num-stages K`: a pipeline of local processes beside the plain model; 1 where they
+    differ."""
     from autopipe.cli.models import load_parts
     from autopipe.verify import verification_report, verify
 

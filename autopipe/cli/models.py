@@ -32,8 +32,8 @@ def load_example(name: str) -> Example:
     """Calls the factory that `package.module:factory` or `file.py:factory` names.
 
     Raises:
-        ConfigError: no such module, file or factory, or the factory returns something else. What the user's own code raises
-            comes through as it is.
+        ConfigError: no such module, file or factory, or the factory returns something else. What the user's own code
+            raises comes through as it is.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:

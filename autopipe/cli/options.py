@@ -177,7 +177,8 @@ def _verification(command: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=TRAINING,
         default=DEFAULT,
-        help=f"order of forwards and backwards (default: {DEFAULT}); {dealt_over_ranks()} runs two stages on each process",
+        help=f"order of forwards and backwards (default: {DEFAULT}); {dealt_over_ranks()} runs two stages on each "
+        "process",
     )
     add(
         "--tolerance", type=_number, metavar="ERROR", help="relative error that counts as equal (default: 1e-5 in fp32)"

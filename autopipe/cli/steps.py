@@ -29,7 +29,8 @@ DESCRIBED_BY_CLUSTER = ("memory_limit", "link_latency_us", "link_gbps", "overlap
 
 
 def profiled(options: argparse.Namespace) -> Profile:
-    """The profile of the call's model, at the size of a micro-batch; the whole batch where no number of them is given."""
+    """The profile of the call's model, at the size of a micro-batch; the whole batch where no number of them is
+    given."""
     example = load_example(options.model)
     microbatch = _microbatches(example, options.num_microbatches or 1)[0]
     if options.scaled_from is not None:

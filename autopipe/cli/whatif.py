@@ -19,8 +19,8 @@ from profiler.records import LinkProfile
 def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     """A plan with the call's micro-batches, schedule, replicas, link and memory limit, its cuts as they are.
 
-    What follows from them by simulation (step time and bubble) is computed again; bounds and usual splits, which would need the
-    profile, are left out where the costs changed.
+    What follows from them by simulation (step time and bubble) is computed again; bounds and usual splits, which would
+    need the profile, are left out where the costs changed.
 
     Raises:
         ConfigError: the call asks for what only planning again can change.

@@ -1,4 +1,5 @@
-"""A profile and a link become a `CostGraph`: arrays of times, bytes and tensors, from which the cost of any stage follows."""
+"""A profile and a link become a `CostGraph`: arrays of times, bytes and tensors, from which the cost of any stage
+follows."""
 
 from autopipe.cost.build import DEFAULT_LINK, build_cost_graph, param_names
 from autopipe.cost.contraction import indivisible

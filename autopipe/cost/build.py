@@ -1,6 +1,7 @@
 """A profile and a link become a `CostGraph`.
 
-Nodes that may not be cut apart are one node of the graph; its nodes are numbered in a topological order close to that of the profile.
+Nodes that may not be cut apart are one node of the graph; its nodes are numbered in a topological order close to that
+of the profile.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def build_cost_graph(profile: Profile, link: LinkProfile, together: Iterable[Seq
 
 
 def is_model_input(node: NodeProfile) -> bool:
-    """Whether a node stands for what the model is given, as `Input` does in PipeDream's profiles: its time is that of loading data."""
+    """Whether a node stands for what the model is given, as `Input` does in PipeDream's profiles: its time is that of
+    loading data."""
     return not node.inputs and not node.params and re.fullmatch(r"Input\d*", node.module) is not None
 
 

@@ -1,4 +1,5 @@
-"""Which nodes of a profile may not be cut apart: its groups, those that the caller adds, and the cycles that merging them makes."""
+"""Which nodes of a profile may not be cut apart: its groups, those that the caller adds, and the cycles that merging
+them makes."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class RecomputeOption:
     Attributes:
         region: (nodes of the profile) the region that each node is in, -1 where it is not computed again.
         at_once: a stage is one region: all that it keeps is there again at once, for one micro-batch.
-        saved_bytes, workspace_bytes: (n) as in `CostGraph`, with what is dropped left out and what is made again counted as
-            workspace of the nodes of its region.
+        saved_bytes, workspace_bytes: (n) as in `CostGraph`, with what is dropped left out and what is made again
+            counted as workspace of the nodes of its region.
         recompute_us: (n) time that is added to the backward.
         is_none: nothing is computed again.
     """
@@ -51,9 +51,10 @@ class StageDevices:
 
     Attributes:
         speed: (K) by which the compute of each stage is divided.
-        latency_us, us_per_byte, exposed: (K, K) the link between two stages: a message of b bytes takes latency + b x us_per_byte,
-            and compute does not hide the share `exposed` of it.
-        reduce_latency_us, reduce_us_per_byte: (K) time of summing a stage's gradients over its replicas, after its last backward.
+        latency_us, us_per_byte, exposed: (K, K) the link between two stages: a message of b bytes takes latency + b x
+            us_per_byte, and compute does not hide the share `exposed` of it.
+        reduce_latency_us, reduce_us_per_byte: (K) time of summing a stage's gradients over its replicas, after its last
+            backward.
     """
 
     speed: FloatArray

@@ -42,10 +42,11 @@ class StageCosts:
         return self.forward_us + self.backward_us + self.forward_exposed_us + self.backward_exposed_us
 
     def busy_us(self) -> tuple[FloatArray, FloatArray]:
-        """(K), (K) forward and backward time of a stage with the exposed share of every message that it sends or receives.
+        """(K), (K) forward and backward time of a stage with the exposed share of every message that it sends or
+        receives.
 
-        Unlike in `load_us`, each pair of stages has a message of its own, and a tensor that two stages read is sent twice: that
-        is what the engine does, and what is simulated. It is never less than `load_us`.
+        Unlike in `load_us`, each pair of stages has a message of its own, and a tensor that two stages read is sent
+        twice: that is what the engine does, and what is simulated. It is never less than `load_us`.
         """
         there, back, exposed = self._messages_us()
         there, back = there * exposed, back * exposed
@@ -69,7 +70,8 @@ class StageCosts:
         return found
 
     def _messages_us(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """(K, K) time of the message from a stage to another, of the gradient that comes back, and the share not hidden."""
+        """(K, K) time of the message from a stage to another, of the gradient that comes back, and the share not
+        hidden."""
         devices, everywhere = self.devices, np.ones_like(self.edge_bytes)
         latency = everywhere * self.link.latency_us if devices is None else devices.latency_us
         per_byte = everywhere / self.link.bytes_per_us if devices is None else devices.us_per_byte
@@ -82,8 +84,9 @@ class StageCosts:
 def stage_costs(graph: CostGraph, stage_of: IntArray, num_stages: int) -> StageCosts:
     """Costs of the stages under an assignment `stage_of` (n) of nodes to stages.
 
-    A tensor costs its maker's stage b/B once and every stage that reads it b/B once, its gradient the same way back (the load
-    of Tarnawski et al., NeurIPS 2020); the latency comes once for each side of a stage that anything crosses, each way.
+    A tensor costs its maker's stage b/B once and every stage that reads it b/B once, its gradient the same way back
+    (the load of Tarnawski et al., NeurIPS 2020); the latency comes once for each side of a stage that anything crosses,
+    each way.
     """
     K, link = num_stages, graph.link
     crossing, target = crossings(graph, stage_of, K)

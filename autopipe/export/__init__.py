@@ -1,4 +1,5 @@
-"""A plan goes in; the same cut comes out in the words of another framework, or an error that says what it cannot express."""
+"""A plan goes in; the same cut comes out in the words of another framework, or an error that says what it cannot
+express."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A plan goes in; a layer list with its boundaries for DeepSpeed's `PipelineModule` comes out.
 
-Format: https://deepspeed.readthedocs.io/en/latest/pipeline.html. `PipelineModule` chooses its boundaries in `_partition_layers`, which is
-overridden here, because none of its methods takes them from the caller.
+Format: https://deepspeed.readthedocs.io/en/latest/pipeline.html. `PipelineModule` chooses its boundaries in
+`_partition_layers`, which is overridden here, because none of its methods takes them from the caller.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def deepspeed_layers(plan: Plan) -> str:
 
 from deepspeed.pipe import PipelineModule
 
-# The modules that have parameters, in the order of the stages. DeepSpeed calls each with the output of the one before: what the
-# model's own forward does between them (additions, reshapes, activations) has to stand in layers of the list too. A layer that you
-# add moves the boundaries after it by one.
+# The modules that have parameters, in the order of the stages. DeepSpeed calls each with the output of the one before:
+# what the model's own forward does between them (additions, reshapes, activations) has to stand in layers of the list
+# too. A layer that you add moves the boundaries after it by one.
 LAYERS = [
 {rows}
 ]

@@ -1,7 +1,7 @@
 """A plan goes in; Megatron-LM's `--pipeline-model-parallel-layout` comes out, such as `Ettt|tttL`.
 
-Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/user-guide/features/pipeline_parallel_layout.html: E the
-embedding, t a transformer layer, L the loss, | between stages.
+Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/user-guide/features/pipeline_parallel_layout.html:
+E the embedding, t a transformer layer, L the loss, | between stages.
 """
 
 from __future__ import annotations

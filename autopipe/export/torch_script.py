@@ -1,4 +1,5 @@
-"""A plan and the name of its model go in; a program comes out that trains it under a schedule of torch.distributed.pipelining."""
+"""A plan and the name of its model go in; a program comes out that trains it under a schedule of
+torch.distributed.pipelining."""
 
 from __future__ import annotations
 

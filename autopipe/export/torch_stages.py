@@ -1,7 +1,8 @@
 """A captured model and a plan go in; stages for `torch.distributed.pipelining` come out.
 
-There a stage reads from the stage before it alone. So a tensor that skips stages, or an input of the model that a later stage
-reads, is passed on by every stage between: each stage takes the wires of `inputs` and returns those of `outputs`, as static shapes.
+There a stage reads from the stage before it alone. So a tensor that skips stages, or an input of the model that a later
+stage reads, is passed on by every stage between: each stage takes the wires of `inputs` and returns those of `outputs`,
+as static shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Shared:
 
 
 class TorchStage(nn.Module):
-    """One stage: takes the tensors of `inputs`, returns those of `outputs`; the last returns the model's outputs or its loss.
+    """One stage: takes the tensors of `inputs`, returns those of `outputs`; the last returns the model's outputs or its
+    loss.
 
     A scalar, which torch cannot put together over micro-batches, is returned with shape (1,).
 
@@ -85,7 +87,8 @@ class TorchStage(nn.Module):
 
 
 def torch_stages(captured: Captured, plan: Plan) -> tuple[TorchStage, ...]:
-    """All stages of a plan. The parameters are the model's own; of a parameter that several stages read, each later one has a copy.
+    """All stages of a plan. The parameters are the model's own; of a parameter that several stages read, each later one
+    has a copy.
 
     Raises:
         PlanError: the plan is of another graph, or torch's schedules cannot express it.
@@ -105,7 +108,8 @@ def torch_stages(captured: Captured, plan: Plan) -> tuple[TorchStage, ...]:
 
 
 def pipeline_stage(stage: TorchStage, device: torch.device | str, group: Any = None) -> PipelineStage:
-    """The public stage of torch, with static input and output arguments, so that nothing is inferred by running the model."""
+    """The public stage of torch, with static input and output arguments, so that nothing is inferred by running the
+    model."""
     return PipelineStage(
         stage,
         stage.index,
@@ -118,7 +122,8 @@ def pipeline_stage(stage: TorchStage, device: torch.device | str, group: Any = N
 
 
 def sum_tied_gradients(stages: Sequence[TorchStage], group: Any = None) -> None:
-    """Sums the gradients of shared parameters over all stages; every rank calls it with its own stages, before the optimizer step."""
+    """Sums the gradients of shared parameters over all stages; every rank calls it with its own stages, before the
+    optimizer step."""
     for shared in stages[0].shared:
         copies = [stage.copies[shared.name] for stage in stages if shared.name in stage.copies]
         device = next(stages[0].parameters()).device
@@ -167,7 +172,8 @@ def _wires(specs: Sequence[StageSpec], stage: int) -> list[StageInput]:
 
 
 def _separate(stages: Sequence[TorchStage], captured: Captured) -> None:
-    """Gives each stage but the first its own copy of a shared parameter: torch scales the gradients of every stage by itself."""
+    """Gives each stage but the first its own copy of a shared parameter: torch scales the gradients of every stage by
+    itself."""
     holders: dict[nn.Parameter, list[TorchStage]] = {}
     for stage in stages:
         for parameter in stage.parameters():

@@ -16,8 +16,8 @@ from autopipe.schedule.kinds import DEFAULT, KINDS
 def torchtitan_modules(plan: Plan) -> str:
     """The module names of each stage as TOML lines for a torchtitan configuration.
 
-    Modules without parameters stay on every stage, as torchtitan keeps what it does not name out of the model: name those that
-    a stage needs yourself.
+    Modules without parameters stay on every stage, as torchtitan keeps what it does not name out of the model: name
+    those that a stage needs yourself.
 
     Raises:
         PlanError: torchtitan cannot express the plan.
@@ -44,7 +44,8 @@ def torchtitan_modules(plan: Plan) -> str:
         stages[unit.stage].append(unit.name)
     rows = "\n".join(f"    {json.dumps(names)},  # stage {i}" for i, names in enumerate(stages))
     return (
-        f"# plan {plan.plan_hash}: {plan.num_stages} stages, {plan.num_microbatches} micro-batches of {plan.microbatch_size}\n"
+        f"# plan {plan.plan_hash}: {plan.num_stages} stages, {plan.num_microbatches} micro-batches of "
+        f"{plan.microbatch_size}\n"
         "# modules that have parameters; add the names of parameterless modules that the forward calls\n"
         "[parallelism]\n"
         f"pipeline_parallel_degree = {plan.num_ranks or plan.num_stages}\n"

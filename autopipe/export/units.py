@@ -30,7 +30,8 @@ def units_of(plan: Plan, target: str) -> list[Unit]:
     """The units that have parameters, in the order of the stages.
 
     Raises:
-        PlanError: a stage ends inside of a unit, a tensor skips stages, or several cross: `target` runs one module after another.
+        PlanError: a stage ends inside of a unit, a tensor skips stages, or several cross: `target` runs one module
+            after another.
     """
     names = [name for stage in plan.stages for name in stage.params]
     lists = {_element(name) for name in names} - {None}
@@ -59,7 +60,8 @@ def refuse_ties(plan: Plan, target: str, why: str) -> None:
                 f"parameter {name!r} is shared by stages {', '.join(map(str, sorted(set(stages))))}",
                 expected=f"no shared parameters: {why}",
                 where="export",
-                remedy="untie it in the model and plan again, or export to torch, whose stages sum the gradients of shared parameters",
+                remedy="untie it in the model and plan again, or export to torch, whose stages sum the gradients of "
+                "shared parameters",
             )
 
 
@@ -71,7 +73,8 @@ def _element(parameter: str) -> str | None:
 
 
 def _beside(parameter: str, elements: set[str | None]) -> str:
-    """The outermost module that has the parameter and no list of layers; the parameter itself where the root holds it."""
+    """The outermost module that has the parameter and no list of layers; the parameter itself where the root holds
+    it."""
     parts = parameter.split(".")[:-1] or [parameter]
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
@@ -84,7 +87,8 @@ def _chain_only(plan: Plan, target: str) -> None:
     for transfer in plan.transfers:
         if transfer.target != transfer.source + 1:
             raise PlanError(
-                f"{', '.join(transfer.nodes)} skip{'s' if len(transfer.nodes) == 1 else ''} from stage {transfer.source} "
+                f"{', '.join(transfer.nodes)} skip{'s' if len(transfer.nodes) == 1 else ''} from stage "
+                f"{transfer.source} "
                 f"to stage {transfer.target}",
                 expected=f"stages that read from the stage before alone, as {target} runs them",
                 where="export",

@@ -1,4 +1,5 @@
-"""A profile becomes a plan: the graph is cut into stages that are balanced, fit into memory, and send each other little."""
+"""A profile becomes a plan: the graph is cut into stages that are balanced, fit into memory, and send each other
+little."""
 
 from autopipe.partition.api import partition
 from autopipe.partition.constraints import Constraints

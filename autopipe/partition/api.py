@@ -42,20 +42,23 @@ def partition(
     time_budget_s: float | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Cuts a profiled graph into stages; with `num_devices` or `cluster` it also constrains how many, and how they are run.
+    """Cuts a profiled graph into stages; with `num_devices` or `cluster` it also constrains how many, and how they are
+    run.
 
-    Without devices, `num_stages` or `split_points` is needed. With them, stages x replicas x micro-batches x schedule x recompute x
-    ZeRO are searched, and what is given of these stays as it is.
+    Without devices, `num_stages` or `split_points` is needed. With them, stages x replicas x micro-batches x schedule x
+    recompute x ZeRO are searched, and what is given of these stays as it is.
 
     Args:
-        profile: the costs of the graph's nodes for one micro-batch; with devices also several, of other micro-batch sizes:
-            the times of other sizes are then on a line. With one they are in proportion; the plan's `scaling` says which.
+        profile: the costs of the graph's nodes for one micro-batch; with devices also several, of other micro-batch
+            sizes: the times of other sizes are then on a line. With one they are in proportion; the plan's `scaling`
+            says which.
         num_stages: K, the number of stages, each of at least one node.
         num_microbatches: M, micro-batches of a step of one replica; 4 K where neither it nor devices are given.
-        num_devices: of the cluster the first so many; without a cluster equal ones, with `link`, `overlap` and `memory_limit`.
+        num_devices: of the cluster the first so many; without a cluster equal ones, with `link`, `overlap` and
+            `memory_limit`.
         cluster: devices and links.
-        global_batch: samples of a step over all replicas, with devices; four micro-batches of the profile for each device where
-            it is left out.
+        global_batch: samples of a step over all replicas, with devices; four micro-batches of the profile for each
+            device where it is left out.
         link: between two stages; the profile's where it is left out, else a default that is labelled as not measured.
         overlap: the share of a transfer that compute hides, from 0 to 1; the link's where it is left out.
         memory_limit: bytes of each device; None plans without a limit.
@@ -64,16 +67,18 @@ def partition(
         data_parallel: replicas of the pipeline; 1 where neither it nor devices are given.
         schedule: `1f1b` or `gpipe`; with devices any that the engine runs, the fastest where it is left out.
         objective: `step` makes the simulated step short, `bottleneck` the largest load of a stage (not with devices).
-        recompute: `auto` computes activations again as far as memory demands, the cheapest first; `none` never does, `full`
-            does for every stage as a whole.
+        recompute: `auto` computes activations again as far as memory demands, the cheapest first; `none` never does,
+            `full` does for every stage as a whole.
         split_points: FQNs of submodules at which a new stage begins; nothing is searched then (not with devices).
-        constraints: modules that stay together, or stand alone, first or last; what each costs is in the plan's baselines.
-        time_budget_s: seconds of search, counted in work done, so that a plan does not depend on how busy the machine is; 2, or 8
-            with devices.
+        constraints: modules that stay together, or stand alone, first or last; what each costs is in the plan's
+            baselines.
+        time_budget_s: seconds of search, counted in work done, so that a plan does not depend on how busy the machine
+            is; 2, or 8 with devices.
         seed: of the random orders; the same seed gives the same plan.
 
     Returns:
-        The plan, with simulated step, bounds, the splits that a user would otherwise make, and the other ways that were searched.
+        The plan, with simulated step, bounds, the splits that a user would otherwise make, and the other ways that were
+        searched.
 
     Raises:
         PartitionError, ClusterError, ProfileError: an argument is wrong, or nothing satisfies what was asked for.

@@ -32,7 +32,8 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What is known about the best split there is: bounds on the step and on the largest load, and whether it was met."""
+    """What is known about the best split there is: bounds on the step and on the largest load, and whether it was
+    met."""
 
     step_bound_us: float
     load_bound_us: float
@@ -47,7 +48,8 @@ def assemble(
     certificate: Certificate,
     alternatives: dict[str, tuple[CostGraph, IntArray]],
 ) -> Plan:
-    """The plan of an assignment `stage_of` (n); `alternatives` are further assignments, of any graphs of the profile, to compare it with, by name."""
+    """The plan of an assignment `stage_of` (n); `alternatives` are further assignments, of any graphs of the profile,
+    to compare it with, by name."""
     K = run.num_stages
     costs = run_costs(graph, run.memory, stage_of, K)
     memory = stage_memory(graph, run.memory, stage_of, K)

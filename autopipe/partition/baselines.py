@@ -19,7 +19,8 @@ def equal_nodes(graph: CostGraph, num_stages: int) -> IntArray:
 
 
 def equal_parameters(graph: CostGraph, num_stages: int) -> IntArray:
-    """The largest stage has as few trained parameters as possible (DeepSpeed's default, `partition_method="parameters"`)."""
+    """The largest stage has as few trained parameters as possible (DeepSpeed's default,
+    `partition_method="parameters"`)."""
     readers = graph.param_readers
     trained = (graph.param_bytes * graph.trainable)[readers.owner]
     return balanced(sum_by(readers.node, trained, graph.num_nodes), num_stages)
@@ -35,7 +36,8 @@ def pipedream(graph: CostGraph, num_stages: int) -> IntArray:
 
         A(j, k) = min over i < j of max(A(i, k - 1), 2 a_i / B, T(i + 1 .. j))
 
-    a_i is the output of layer i alone: what skips past it is not seen. A transfer is a stage of its own, never added to compute.
+    a_i is the output of layer i alone: what skips past it is not seen. A transfer is a stage of its own, never added to
+    compute.
     """
     n, K = graph.num_nodes, num_stages
     cuts = np.unique(np.linspace(0, n, min(n, max(PIPEDREAM_POSITIONS, K)) + 1).round().astype(np.int64))

@@ -8,7 +8,8 @@ from autopipe.cost import CostGraph
 
 
 def load_bound_us(graph: CostGraph, num_stages: int) -> float:
-    """The largest load is at least the work over the speed of all stages, and at least the heaviest node on the fastest."""
+    """The largest load is at least the work over the speed of all stages, and at least the heaviest node on the
+    fastest."""
     work, speed = graph.work_us, graph.speed(num_stages)
     return max(float(work.sum()) / float(speed.sum()), float(work.max()) / float(speed.max()))
 
@@ -20,10 +21,11 @@ def step_bound_us(
 
     With `divided` backwards (zero-bubble schedules) only the forward of the path must lie before what a stage does.
 
-    Three arguments. A stage runs M micro-batches one after another: M · load. A micro-batch runs through the heaviest path
-    of the graph and back. And with P the work on that path and S_q the part of it before stage q, M · t_q + S_q <= T for
-    every stage that holds a part of the path: the stages have room for the whole work W only if T is large enough. Their
-    room is largest when the path lies as late as it can, which gives a fold over the stages and a bisection on T.
+    Three arguments. A stage runs M micro-batches one after another: M · load. A micro-batch runs through the heaviest
+    path of the graph and back. And with P the work on that path and S_q the part of it before stage q, M · t_q + S_q <=
+    T for every stage that holds a part of the path: the stages have room for the whole work W only if T is large
+    enough. Their room is largest when the path lies as late as it can, which gives a fold over the stages and a
+    bisection on T.
     """
     M, total, speed = num_microbatches, float(graph.work_us.sum()), graph.speed(num_stages)
     path = heaviest_path_us(graph, forward_only=divided) / float(speed.max())
@@ -46,8 +48,8 @@ def step_bound_us(
 def _room_us(step: float, path: float, num_stages: int, num_microbatches: int) -> float:
     """Most work that fits into K stages in a step of this length, the path among it: filled from the last stage on.
 
-    Stage q holds p <= t of the path and `before` - p lies before it: M t + before - p <= T, so t = (T - before) / (M - 1)
-    while the path fills the stage, and T / M once it is used up.
+    Stage q holds p <= t of the path and `before` - p lies before it: M t + before - p <= T, so t = (T - before) / (M -
+    1) while the path fills the stage, and T / M once it is used up.
     """
     M, room, before = num_microbatches, 0.0, path
     for stage in reversed(range(num_stages)):
@@ -62,7 +64,8 @@ def _room_us(step: float, path: float, num_stages: int, num_microbatches: int) -
 
 
 def heaviest_path_us(graph: CostGraph, *, forward_only: bool = False) -> float:
-    """The most work that one micro-batch does one after the other: forward along a path, and backward while gradients flow.
+    """The most work that one micro-batch does one after the other: forward along a path, and backward while gradients
+    flow.
 
     Nodes are numbered in topological order.
     """

@@ -1,6 +1,7 @@
 """What the caller demands of a split beyond its cost: modules that stay together, or stand alone, first or last.
 
-`together` and `alone` make one node of the cost graph out of a module's nodes. `Rules` says what the rest demands of down-sets:
+`together` and `alone` make one node of the cost graph out of a module's nodes. `Rules` says what the rest demands of
+down-sets:
 
     first: in D_1        last: in no D_k for k < K        alone: the only node of its stage
 """

@@ -16,7 +16,8 @@ MIB = 2.0**20
 
 
 def least_peak_split(problem: Problem) -> IntArray:
-    """The split of the program order whose largest peak of memory is least: F_k[j] = min_i max(F_(k-1)[i], peak_k(i, j))."""
+    """The split of the program order whose largest peak of memory is least: F_k[j] = min_i max(F_(k-1)[i], peak_k(i,
+    j))."""
     n, K = problem.graph.num_nodes, problem.num_stages
     bounded = dataclasses.replace(problem.memory, limit_bytes=0.0, limits=())  # so that memory is counted
     grid = np.unique(np.linspace(0, n, min(n, max(400, K)) + 1).round().astype(np.int64))

@@ -1,4 +1,5 @@
-"""`partition`: from a profile to the plan with the shortest step, or the least largest load, into a number of stages."""
+"""`partition`: from a profile to the plan with the shortest step, or the least largest load, into a number of
+stages."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ from profiler.records import LinkProfile, Profile
 PROOF_TOLERANCE = 1e-4
 """A plan is called optimal where the bound is this close, relatively."""
 STEP_SHARE = 0.6
-"""What the search for the shortest step takes beside that for the least load, as a share of the budget. The latter is given all
-of it for either objective, so that no plan is slower than the one with the least largest load."""
+"""What the search for the shortest step takes beside that for the least load, as a share of the budget. The latter is
+given all of it for either objective, so that no plan is slower than the one with the least largest load."""
 UNCONSTRAINED = "without the constraints"
 
 
@@ -71,12 +72,13 @@ def partition(
         data_parallel: replicas of the pipeline.
         schedule: `1f1b` or `gpipe`.
         objective: `step` makes the simulated step short, `bottleneck` the largest load of a stage.
-        recompute: `auto` computes activations again as far as the memory limit demands, the cheapest first; `none` never does,
-            `full` does for every stage as a whole.
+        recompute: `auto` computes activations again as far as the memory limit demands, the cheapest first; `none`
+            never does, `full` does for every stage as a whole.
         split_points: FQNs of submodules at which a new stage begins; nothing is searched then.
-        constraints: modules that stay together, or stand alone, first or last; what each costs is in the plan's baselines.
-        time_budget_s: seconds of search for the least largest load, counted in work done, so that a plan does not depend on how
-            busy the machine is; the objective `step` adds up to 60 %.
+        constraints: modules that stay together, or stand alone, first or last; what each costs is in the plan's
+            baselines.
+        time_budget_s: seconds of search for the least largest load, counted in work done, so that a plan does not
+            depend on how busy the machine is; the objective `step` adds up to 60 %.
         seed: of the random orders; the same seed gives the same plan.
 
     Returns:
@@ -223,7 +225,8 @@ def _searched(problem: Problem, run: RunConfig, effort: Effort, seed: int) -> tu
 
 
 def _with_dearer_transfers(problem: Problem) -> list[Problem]:
-    """The same problem with less of a transfer hidden: hidden transfers delay a step too, but are not in any stage's load."""
+    """The same problem with less of a transfer hidden: hidden transfers delay a step too, but are not in any stage's
+    load."""
     link = problem.graph.link
     overlaps = [o for o in (0.0, 0.5 * link.overlap) if o < link.overlap]
     return [

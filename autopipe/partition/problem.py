@@ -25,7 +25,8 @@ class Solution:
 class Problem:
     """What is to be split: a graph into K stages, each within the memory of its device, as the rules say.
 
-    `with_recompute` gives the graph with its classes of recompute where the caller has ruled them out: for an error's remedy.
+    `with_recompute` gives the graph with its classes of recompute where the caller has ruled them out: for an error's
+    remedy.
     """
 
     graph: CostGraph

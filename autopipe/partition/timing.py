@@ -12,7 +12,8 @@ Links = Mapping[tuple[int, int], tuple[float, float | None]]
 
 
 def simulated_step_us(costs: StageCosts, num_microbatches: int, schedule: str = DEFAULT) -> float:
-    """Time from the first forward to the last backward of all micro-batches, and to the last sum over replicas; the optimizer apart."""
+    """Time from the first forward to the last backward of all micro-batches, and to the last sum over replicas; the
+    optimizer apart."""
     forward, backward = costs.busy_us()
     return step_time_us(
         forward.tolist(), backward.tolist(), costs.links(), num_microbatches, schedule, reduce_us=reductions_us(costs)
@@ -25,7 +26,8 @@ def reductions_us(costs: StageCosts) -> list[float]:
 
 
 def ranked_step_us(costs: StageCosts, num_microbatches: int, schedule: str) -> float:
-    """The same without the skips that cannot delay anything: the simulator prepares itself for each new set of links."""
+    """The same without the skips that cannot delay anything: the simulator prepares itself for each new set of
+    links."""
     forward, backward = (times.tolist() for times in costs.busy_us())
     links = without_harmless_skips(forward, backward, costs.links())
     return step_time_us(forward, backward, links, num_microbatches, schedule, reduce_us=reductions_us(costs))
@@ -34,8 +36,9 @@ def ranked_step_us(costs: StageCosts, num_microbatches: int, schedule: str) -> f
 def without_harmless_skips(forward_us: Sequence[float], backward_us: Sequence[float], links: Links) -> Links:
     """The links less those skips that are never waited for.
 
-    A message from s to t that skips stages is there before the one that goes through all stages between, if its own link is
-    free when it is sent (its time is at most that of the stage that sends it) and takes no longer than that way round.
+    A message from s to t that skips stages is there before the one that goes through all stages between, if its own
+    link is free when it is sent (its time is at most that of the stage that sends it) and takes no longer than that way
+    round.
     """
     kept = dict(links)
     for (s, t), (there, back) in links.items():

@@ -1,4 +1,5 @@
-"""What people see: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a picture."""
+"""What people see: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a
+picture."""
 
 from autopipe.report.explain import explain
 from autopipe.report.formats import plan_report

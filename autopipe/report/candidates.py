@@ -70,7 +70,8 @@ def why(plan: Plan) -> str:
         {
             "": "",
             "affine": "Times at this micro-batch size lie on a line through those that were measured at two sizes.",
-            "proportional": "Times are assumed to be in proportion to the micro-batch size: one size was profiled. A second "
+            "proportional": "Times are assumed to be in proportion to the micro-batch size: one size was profiled. "
+            "A second "
             "profile, of another size, would show what a micro-batch costs by itself.",
         }[plan.scaling]
     )

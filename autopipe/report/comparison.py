@@ -30,10 +30,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStage:
-    """Medians over training steps, in microseconds: one forward, one backward, all waits of a step, the whole step; bytes at the peak.
+    """Medians over training steps, in microseconds: one forward, one backward, all waits of a step, the whole step;
+    bytes at the peak.
 
-    `transfer_us` is the part of the waits of the last step in which a message was under way; the rest was idle. `peak_bytes` is 0
-    where it is not known: on a CPU unless AUTOPIPE_COUNT_MEMORY=1, and there for several stages on a rank.
+    `transfer_us` is the part of the waits of the last step in which a message was under way; the rest was idle.
+    `peak_bytes` is 0 where it is not known: on a CPU unless AUTOPIPE_COUNT_MEMORY=1, and there for several stages on a
+    rank.
     """
 
     index: int
@@ -53,7 +55,8 @@ def measured_parts(plan: Plan, measured: Sequence[MeasuredStage]) -> tuple[Table
 
 def measured_title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
     """What is compared, in one line."""
-    return f"Predicted beside measured: {plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
+    of = f"{plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
+    return f"Predicted beside measured: {of}"
 
 
 def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:
@@ -104,5 +107,6 @@ def _summary(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
         f"step without the optimizer: predicted {plan.step_us / 1e3:.1f} ms, measured {took / 1e3:.1f} ms "
         f"({100 * (plan.step_us / took - 1):+.0f} %{assumed})\n"
         f"bubble: predicted {100 * plan.bubble:.1f} %, measured {100 * bubble:.1f} %\n"
-        f"slowest stage: predicted {load / 1e3:.2f} ms a micro-batch, measured {max(s.forward_us + s.backward_us for s in measured) / 1e3:.2f} ms"
+        f"slowest stage: predicted {load / 1e3:.2f} ms a micro-batch, measured "
+        f"{max(s.forward_us + s.backward_us for s in measured) / 1e3:.2f} ms"
     )

@@ -67,7 +67,8 @@ def _more_microbatches(plan: Plan) -> Remedy:
     changed = dataclasses.replace(plan, num_microbatches=2 * plan.num_microbatches)
     saving = _saving(plan, changed)
     return Remedy(
-        cause=f"Filling and draining the pipeline holds the step back: devices do not compute for {plan.bubble:.0%} of it.",
+        cause=f"Filling and draining the pipeline holds the step back: devices do not compute for {plan.bubble:.0%} "
+        "of it.",
         advice=f"{changed.num_microbatches} micro-batches of the same size in place of {plan.num_microbatches} "
         f"would take {saving:.0%} less time a sample (simulated).",
         saving=saving,

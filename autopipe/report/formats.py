@@ -12,7 +12,8 @@ from profiler.records import Profile
 
 
 def plan_report(plan: Plan, format: str = "table", *, profile: Profile | None = None) -> str:
-    """The report of a plan as `table`, `json`, `csv` (the stages), `md` or `html` (a page with bars, timeline and module tree).
+    """The report of a plan as `table`, `json`, `csv` (the stages), `md` or `html` (a page with bars, timeline and
+    module tree).
 
     JSON is the plan's own form, raw bytes and microseconds, with `report` added: it can be read as a plan.
 

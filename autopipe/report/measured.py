@@ -1,4 +1,5 @@
-"""A plan and what its steps took go in; predicted beside measured comes out in any format, and is read back from JSON."""
+"""A plan and what its steps took go in; predicted beside measured comes out in any format, and is read back from
+JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ REMEDY = "write one with engine.report('json')"
 def measured_report(
     plan: Plan, measured: Sequence[MeasuredStage], format: str = "table", *, timeline: Timeline | None = None
 ) -> str:
-    """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html` (the plan's page, with a measured timeline where given).
+    """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html` (the plan's page, with a measured timeline
+    where given).
 
     A notebook shows a `table` as HTML.
 

@@ -1,4 +1,5 @@
-"""A plan goes in; tables and sentences come out: a row a stage, the figures of the step, the usual splits beside it, an explanation."""
+"""A plan goes in; tables and sentences come out: a row a stage, the figures of the step, the usual splits beside it, an
+explanation."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def plan_parts(plan: Plan) -> tuple[Table | str, ...]:
 
 
 def loads(plan: Plan) -> list[float]:
-    """Each stage's time for a micro-batch, transfers that are not hidden included, as a share of the slowest stage's."""
+    """Each stage's time for a micro-batch, transfers that are not hidden included, as a share of the slowest
+    stage's."""
     costs = plan_costs(plan)
     times = [f + b for f, b in zip(costs.forward_us, costs.backward_us, strict=True)]
     return [t / max(times) if max(times) else 0.0 for t in times]
@@ -123,12 +125,14 @@ def stage_table(plan: Plan) -> Table:
 def _summary(plan: Plan) -> str:
     gap, rate = gap_of(plan), samples_per_s(plan)
     lines = [
-        f"imbalance {plan.imbalance:.1%} (slowest stage over the mean), bubble {plan.bubble:.1%} (time in which devices do not compute)",
+        f"imbalance {plan.imbalance:.1%} (slowest stage over the mean), bubble {plan.bubble:.1%} (time in which "
+        "devices do not compute)",
         f"step time {plan.step_us / 1e3:,.2f} ms without the optimizer" + (f", {rate:,.1f} samples/s" if rate else ""),
     ]
     if gap is not None:
         lines.append(
-            f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}: no cut into {plan.num_stages} stages is faster than the bound"
+            f"lower bound {plan.lower_bound_us / 1e3:,.2f} ms, gap {gap:.1%}: no cut into {plan.num_stages} stages "
+            "is faster than the bound"
         )
     if plan.num_stages > 1:
         lines.append(link_words(plan))

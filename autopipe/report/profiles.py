@@ -65,9 +65,11 @@ class ModuleTotals:
 
 
 def profile_report(profile: Profile, format: str = "table", *, nodes: bool = False) -> str:
-    """The report of a profile as `table`, `json`, `csv` (the nodes), `md` or `html`; with `nodes`, every node and no module tree.
+    """The report of a profile as `table`, `json`, `csv` (the nodes), `md` or `html`; with `nodes`, every node and no
+    module tree.
 
-    JSON is the profile's own form, raw bytes and microseconds, with the totals of the modules added: it can be read as a profile.
+    JSON is the profile's own form, raw bytes and microseconds, with the totals of the modules added: it can be read as
+    a profile.
 
     Raises:
         ConfigError: an unknown format.
@@ -90,7 +92,8 @@ def profile_report(profile: Profile, format: str = "table", *, nodes: bool = Fal
 
 
 def module_tree(profile: Profile) -> list[ModuleTotals]:
-    """Totals of every module, each before its submodules, in the order in which they first run; the whole model has no name."""
+    """Totals of every module, each before its submodules, in the order in which they first run; the whole model has no
+    name."""
     totals: dict[str, ModuleTotals] = {}
     for node in profile.nodes:
         params = _param_bytes(profile, node)
@@ -139,7 +142,8 @@ def _title(profile: Profile) -> str:
     estimated = sum(not node.measured for node in profile.nodes)
     label = f", {estimated} of them estimated" if estimated else ""
     return (
-        f"Profile: {len(profile.nodes)} nodes{label}, a micro-batch of {profile.microbatch_size} samples, {profile.dtype}, "
+        f"Profile: {len(profile.nodes)} nodes{label}, a micro-batch of {profile.microbatch_size} samples, "
+        f"{profile.dtype}, "
         f"on {profile.device}: {total / 1e3:,.2f} ms forward and backward"
     )
 

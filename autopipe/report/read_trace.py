@@ -1,4 +1,5 @@
-"""A trace file goes in, as `engine.trace(path)` and `autopipe simulate -o trace.json` write it; its timeline comes out."""
+"""A trace file goes in, as `engine.trace(path)` and `autopipe simulate -o trace.json` write it; its timeline comes
+out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A timeline goes in; an SVG picture comes out: a row for the compute of each rank, thin rows for its links, time to the right."""
+"""A timeline goes in; an SVG picture comes out: a row for the compute of each rank, thin rows for its links, time to
+the right."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ text { fill: #222; } .axis { stroke: #999; stroke-width: .5; } .idle { fill: #88
 
 
 def timeline_svg(timeline: Timeline) -> str:
-    """The picture as one SVG element: colours by kind, the micro-batch in each compute, details under the pointer, light and dark."""
+    """The picture as one SVG element: colours by kind, the micro-batch in each compute, details under the pointer,
+    light and dark."""
     rows = _rows(timeline)
     height = max(y + h for y, h in rows.values()) + AXIS + 24
     scale = (WIDTH - LEFT - RIGHT) / timeline.makespan_us if timeline.makespan_us else 0.0

@@ -1,4 +1,5 @@
-"""Tables and sentences go in; text, CSV, Markdown or HTML comes out. JSON is each report's own: raw bytes and microseconds."""
+"""Tables and sentences go in; text, CSV, Markdown or HTML comes out. JSON is each report's own: raw bytes and
+microseconds."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def readable(table: Table) -> Table:
 
 
 def render(document: Document, format: str) -> str:
-    """The document as `table` (plain text), `csv` (its first table, numbers unrounded), `md` or `html` (one file, no network).
+    """The document as `table` (plain text), `csv` (its first table, numbers unrounded), `md` or `html` (one file, no
+    network).
 
     Raises:
         ConfigError: an unknown format.

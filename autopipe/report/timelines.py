@@ -21,7 +21,8 @@ TIMELINE_FORMATS = ("table", "json", "csv", "md", "html", "trace", "svg")
 
 
 def timeline_report(timeline: Timeline, format: str = "table", *, title: str = "Timeline") -> str:
-    """A timeline as `table`, `json`, `csv` (the ranks), `md`, `html` (with the picture), `trace` (Perfetto, Chrome) or `svg`.
+    """A timeline as `table`, `json`, `csv` (the ranks), `md`, `html` (with the picture), `trace` (Perfetto, Chrome) or
+    `svg`.
 
     Raises:
         ConfigError: an unknown format.

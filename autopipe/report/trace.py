@@ -1,6 +1,7 @@
 """A timeline goes in; a trace comes out that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
-Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (complete events, times in microseconds).
+Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (complete events, times in
+microseconds).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ NAMES = {
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """The trace as plain values, ready for `json.dumps`: a process for each rank, a thread for its compute and one for each link."""
+    """The trace as plain values, ready for `json.dumps`: a process for each rank, a thread for its compute and one for
+    each link."""
     threads: dict[tuple[int, str], int] = {(rank, "compute"): 0 for rank in range(timeline.num_ranks)}
     rows = []
     for event in timeline.events:

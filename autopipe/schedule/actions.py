@@ -22,8 +22,8 @@ class Action:
     """One step of a rank.
 
     Attributes:
-        kind: F forward, B whole backward, I backward of the inputs, W backward of the weights, a send or a receive of an
-            activation (`_F`) or of a gradient (`_B`), or the sum of the gradients of tied parameters.
+        kind: F forward, B whole backward, I backward of the inputs, W backward of the weights, a send or a receive of
+            an activation (`_F`) or of a gradient (`_B`), or the sum of the gradients of tied parameters.
         stage: the stage of this rank that acts.
         microbatch: the micro-batch; of a REDUCE_GRAD, the index of the reduction group.
         peer: the stage at the other end of a send or a receive, -1 for the other kinds.
@@ -67,8 +67,8 @@ class Action:
 class Edge:
     """A directed edge of the stage graph: `source` < `target`; skips over stages are allowed.
 
-    One send and one receive for each micro-batch move all the tensors of the edge. `backward` is false where no gradient
-    comes back.
+    One send and one receive for each micro-batch move all the tensors of the edge. `backward` is false where no
+    gradient comes back.
     """
 
     source: int
@@ -86,8 +86,8 @@ class Schedule:
         edges: the stage graph.
         reductions: groups of stages that hold the same tied parameter.
         actions: for each rank, what it issues, in order.
-        order: the one topological order that the ranks' lists are restrictions of. A transfer stands in it once, as its send, and
-            a reduction once, under its first stage.
+        order: the one topological order that the ranks' lists are restrictions of. A transfer stands in it once, as its
+            send, and a reduction once, under its first stage.
     """
 
     kind: str

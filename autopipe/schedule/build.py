@@ -1,4 +1,5 @@
-"""A kind of schedule, a stage graph and costs go in; the actions of every rank, taken from one global order, come out."""
+"""A kind of schedule, a stage graph and costs go in; the actions of every rank, taken from one global order, come
+out."""
 
 from __future__ import annotations
 
@@ -23,20 +24,23 @@ def build_schedule(
 ) -> Schedule:
     """The schedule of `num_microbatches` micro-batches over `num_stages` stages.
 
-    The lists of the ranks are restrictions of one topological order of all computes, transfers and reductions, so that no order
-    of queues can deadlock: the smallest unfinished event can always run. That order is taken from a simulation with `costs`;
-    wrong costs make it slower, never wrong. Every rank must pass the same arguments.
+    The lists of the ranks are restrictions of one topological order of all computes, transfers and reductions, so that
+    no order of queues can deadlock: the smallest unfinished event can always run. That order is taken from a simulation
+    with `costs`; wrong costs make it slower, never wrong. Every rank must pass the same arguments.
 
     Args:
         kind: `1f1b`, `eager-1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
         num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
         edges: which stages send to which, each pair once.
         costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.
-        reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of them.
-        num_ranks: of `interleaved` and `forward`, the ranks over which the stages are dealt in turn; as many as stages otherwise.
+        reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of
+            them.
+        num_ranks: of `interleaved` and `forward`, the ranks over which the stages are dealt in turn; as many as stages
+            otherwise.
 
     Raises:
-        ScheduleError: an unknown kind, ranks that it cannot use, no stage or no micro-batch, an edge or a group that the stages do not have.
+        ScheduleError: an unknown kind, ranks that it cannot use, no stage or no micro-batch, an edge or a group that
+            the stages do not have.
     """
     edges = tuple(sorted(edges))
     groups = tuple(tuple(sorted(set(group))) for group in reductions)

@@ -1,9 +1,10 @@
-"""A schedule goes in; it is proved to lose nothing, to use nothing too early and to be free of deadlock, or an error names the fault.
+"""A schedule goes in; it is proved to lose nothing, to use nothing too early and to be free of deadlock, or an error
+names the fault.
 
-Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue for computes
-and transfers alike. If the lists run to their end under this reading, the order in which they ran is a topological order that
-every list follows, so that under any wider reading (a queue a rank, a pair of ranks, or an edge) the earliest unfinished
-event of that order is always enabled, and the schedule ends too.
+Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue
+for computes and transfers alike. If the lists run to their end under this reading, the order in which they ran is a
+topological order that every list follows, so that under any wider reading (a queue a rank, a pair of ranks, or an edge)
+the earliest unfinished event of that order is always enabled, and the schedule ends too.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from autopipe.schedule.kinds import KINDS
 def check_schedule(schedule: Schedule) -> None:
     """Proves a schedule, in time linear in its number of actions.
 
-    Proved: every compute runs once, a backward after its forward; every tensor is sent once and received once, in the same
-    sequence at both ends of an edge; nothing is used before it arrives; at most two receives of an edge wait for their compute;
-    live activations stay within the bound of the schedule's kind; each reduction follows the last backward; no deadlock under
-    blocking sends and any layout of first-in-first-out queues; the lists are restrictions of the one global order.
+    Proved: every compute runs once, a backward after its forward; every tensor is sent once and received once, in the
+    same sequence at both ends of an edge; nothing is used before it arrives; at most two receives of an edge wait for
+    their compute; live activations stay within the bound of the schedule's kind; each reduction follows the last
+    backward; no deadlock under blocking sends and any layout of first-in-first-out queues; the lists are restrictions
+    of the one global order.
 
     Raises:
         ScheduleError: the first fault found, with the rank and the action.

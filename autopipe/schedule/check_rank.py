@@ -1,4 +1,5 @@
-"""One rank's list goes in; it is proved in order of uses, in posted receives and in live activations, or an error names the fault."""
+"""One rank's list goes in; it is proved in order of uses, in posted receives and in live activations, or an error names
+the fault."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from autopipe.schedule.kinds import KINDS
 from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of_edges, phase
 
 Flow = tuple[Kind, int, int]
-"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads them."""
+"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads
+them."""
 
 REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same arguments on every rank"
 
@@ -35,8 +37,8 @@ def check_rank(schedule: Schedule, rank: int) -> None:
     """Proves what a rank's list must satisfy by itself.
 
     Raises:
-        ScheduleError: a tensor is used before it is received or sent before it is made, a backward comes before its forward, too
-            many receives wait for their compute, or too many activations are alive.
+        ScheduleError: a tensor is used before it is received or sent before it is made, a backward comes before its
+            forward, too many receives wait for their compute, or too many activations are alive.
     """
     walk = _Walk(schedule, rank)
     for action in schedule.actions[rank]:

@@ -10,14 +10,16 @@ from typing import Self
 from autopipe.schedule.actions import Action, Edge
 
 Link = tuple[float, float | None]
-"""How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes back."""
+"""How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes
+back."""
 
 SPLIT_SHARE = 0.08
-"""How much longer a plan's backward takes in two parts than in one, since activations are read twice: of CPUs the least that was measured,
-for devices on which nothing was."""
+"""How much longer a plan's backward takes in two parts than in one, since activations are read twice: of CPUs the least
+that was measured, for devices on which nothing was."""
 CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US = 0.25, 20.0
-"""The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between machines by three
-times: it is that of one where it is high, so that backwards are divided where that helps on any (`benchmarks/engine.py divide`)."""
+"""The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between
+machines by three times: it is that of one where it is high, so that backwards are divided where that helps on any
+(`benchmarks/engine.py divide`)."""
 
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
 

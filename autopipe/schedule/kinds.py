@@ -33,7 +33,8 @@ class ScheduleKind:
         divides_backward: a backward is computed in two parts, I and W; otherwise as one, B. A stage that computes
             activations again, or is compiled, cannot be divided.
         has_backward: false for evaluation, which no plan is made for.
-        planned_for: the planner optimises cuts for it; plans of other schedules are cut for 1F1B and played under theirs.
+        planned_for: the planner optimises cuts for it; plans of other schedules are cut for 1F1B and played under
+            theirs.
         tried_by_auto: `schedule="auto"` considers it. Of schedules that are equally fast the first row is taken.
         torchtitan: its name in torchtitan; None: not there.
         deepspeed: DeepSpeed's pipeline engine runs it.

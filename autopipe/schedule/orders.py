@@ -8,8 +8,9 @@ from autopipe.schedule.actions import Action
 
 Orders = list[list[Action]]
 
-# 1F1B, 4 stages and 6 micro-batches; a backward takes two columns. A stage starts with as many forwards as there are stages
-# from it to the end (warm-up), then does one backward and one forward in turn (steady), then the backwards left (cool-down):
+# 1F1B, 4 stages and 6 micro-batches; a backward takes two columns. A stage starts with as many forwards as there are
+# stages from it to the end (warm-up), then does one backward and one forward in turn (steady), then the backwards left
+# (cool-down):
 #
 #     time ─▶
 #     stage 0  F0 F1 F2 F3 .. .. .. .. .. .. B0 B0 F4 B1 B1 F5 B2 B2 .. B3 B3 .. B4 B4 .. B5 B5
@@ -25,8 +26,9 @@ def one_forward_one_backward(num_stages: int, num_microbatches: int, num_ranks: 
     return [_alternating(s, min(num_stages - s, num_microbatches), num_microbatches) for s in range(num_ranks)]
 
 
-# Eager 1F1B, 3 stages and 6 micro-batches, a message as long as a forward. Under 1F1B every backward of stage 0 waits for a way there
-# and back (34 columns in all); here so many forwards have been sent before that every rank has something to do meanwhile:
+# Eager 1F1B, 3 stages and 6 micro-batches, a message as long as a forward. Under 1F1B every backward of stage 0 waits
+# for a way there and back (34 columns in all); here so many forwards have been sent before that every rank has
+# something to do meanwhile:
 #
 #     time ─▶
 #     stage 0  F0 F1 F2 F3 F4 .. .. .. .. .. .. B0 B0 F5 B1 B1 .. B2 B2 .. B3 B3 .. B4 B4 .. B5 B5
@@ -70,8 +72,9 @@ def forward_only(num_stages: int, num_microbatches: int, num_ranks: int) -> Orde
     ]
 
 
-# ZB-H1, 3 stages and 5 micro-batches. The backward is split: I, the gradient of the inputs, which the stage before waits for, and
-# W, the gradient of the weights, which nobody waits for. Stage k puts W off by k micro-batches, and so fills the cool-down:
+# ZB-H1, 3 stages and 5 micro-batches. The backward is split: I, the gradient of the inputs, which the stage before
+# waits for, and W, the gradient of the weights, which nobody waits for. Stage k puts W off by k micro-batches, and so
+# fills the cool-down:
 #
 #     time ─▶
 #     stage 0  F0 F1 F2 .. .. I0 W0 F3 I1 W1 F4 I2 W2 I3 W3 I4 W4
@@ -101,21 +104,25 @@ def zero_bubble_h1(num_stages: int, num_microbatches: int, num_ranks: int) -> Or
 # Interleaved 1F1B, 2 ranks with 2 stages each and 4 micro-batches; stage:micro-batch, a backward as b and both:
 #
 #     time ─▶
-#     rank 0  0:0 0:1 2:0 2:1 0:2 ... b20 b20 0:3 b21 b21 2:2 b00 b00 2:3 b01 b01 ... b22 b22 ... b23 b23 b02 b02 b03 b03
-#     rank 1  ... 1:0 1:1 3:0 b30 b30 3:1 b31 b31 1:2 b10 b10 1:3 b11 b11 3:2 b32 b32 3:3 b33 b33 b12 b12 b13 b13 ... ...
+#     rank 0  0:0 0:1 2:0 2:1 0:2 ... b20 b20 0:3 b21 b21 2:2 b00 b00 2:3 b01 b01 ... b22 b22 ... b23 b23 b02 b02 b03
+# b03
+#     rank 1  ... 1:0 1:1 3:0 b30 b30 3:1 b31 b31 1:2 b10 b10 1:3 b11 b11 3:2 b32 b32 3:3 b33 b33 b12 b12 b13 b13 ...
+# ...
 #
-# Micro-batches go in groups of at least as many as ranks: a rank runs a group through its first stage, then through its next.
-# The warm-up is longer, but filling and draining waits for stages that are V times shorter, V being the stages of a rank.
+# Micro-batches go in groups of at least as many as ranks: a rank runs a group through its first stage, then through its
+# next. The warm-up is longer, but filling and draining waits for stages that are V times shorter, V being the stages of
+# a rank.
 
 
 def interleaved(num_stages: int, num_microbatches: int, num_ranks: int) -> Orders:
-    """1F1B with several stages a rank (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473), for any number of micro-batches."""
+    """1F1B with several stages a rank (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473), for any number of
+    micro-batches."""
     groups = _groups(num_microbatches, num_ranks)
     num_rounds = -(-num_stages // num_ranks)
     orders = []
     for rank in range(num_ranks):
-        # Where the ranks do not divide the stages, the order is that of the next number that they divide, without the stages that
-        # are not there: what is left of an order that does not deadlock cannot deadlock.
+        # Where the ranks do not divide the stages, the order is that of the next number that they divide, without the
+        # stages that are not there: what is left of an order that does not deadlock cannot deadlock.
         stages = range(rank, num_rounds * num_ranks, num_ranks)
         forwards = [Action("F", s, m) for group in groups for s in stages for m in group]
         backwards = [Action("B", s, m) for group in groups for s in reversed(stages) for m in group]

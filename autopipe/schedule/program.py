@@ -1,4 +1,5 @@
-"""Compute orders and a stage graph go in, one dependency graph of computes and transfers comes out, with its earliest times."""
+"""Compute orders and a stage graph go in, one dependency graph of computes and transfers comes out, with its earliest
+times."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class Program:
 
     Attributes:
         events: computes, and transfers as their sends.
-        needs: for each event, the events that must have ended before it may be issued: of a compute, the transfers that it
-            reads; of a transfer, its producer and the compute that frees the receiver's slot.
+        needs: for each event, the events that must have ended before it may be issued: of a compute, the transfers that
+            it reads; of a transfer, its producer and the compute that frees the receiver's slot.
         queued_behind: the event before it on its rank (computes) or on its link (transfers), or -1.
     """
 
@@ -33,7 +34,8 @@ class Program:
 
 @dataclass(slots=True)
 class _Flow:
-    """The messages of one edge in one direction, one a micro-batch: event indices of what made, carried and read them."""
+    """The messages of one edge in one direction, one a micro-batch: event indices of what made, carried and read
+    them."""
 
     send: Kind
     source: int
@@ -45,7 +47,8 @@ class _Flow:
 
 
 def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
-    """Each edge is a flow of activations and, where gradients come back, one of gradients: (send, from stage, to stage)."""
+    """Each edge is a flow of activations and, where gradients come back, one of gradients: (send, from stage, to
+    stage)."""
     flows: list[tuple[Kind, int, int]] = [("SEND_F", e.source, e.target) for e in edges]
     if not forward_only:
         flows += [("SEND_B", e.target, e.source) for e in edges if e.backward]
@@ -137,10 +140,12 @@ def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Prog
 
 
 def issue_times_us(program: Program, costs: Costs) -> list[float]:
-    """For each event the time by which it belongs in the global order: of a transfer when it can be issued, of a compute its end.
+    """For each event the time by which it belongs in the global order: of a transfer when it can be issued, of a
+    compute its end.
 
-    A receive that can be issued while its rank computes thus comes before that compute, and a send right after its producer.
-    Both are topological: a compute ends after its transfers were issued, a transfer is issued after its producer ended.
+    A receive that can be issued while its rank computes thus comes before that compute, and a send right after its
+    producer. Both are topological: a compute ends after its transfers were issued, a transfer is issued after its
+    producer ended.
     """
     end: list[float] = []
     issue: list[float] = []

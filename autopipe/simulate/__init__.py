@@ -1,4 +1,5 @@
-"""What a step takes without devices: schedules played against costs, a fast step time for the planner, and a lower bound."""
+"""What a step takes without devices: schedules played against costs, a fast step time for the planner, and a lower
+bound."""
 
 from autopipe.schedule.costs import Costs
 from autopipe.simulate.bound import h_bound_us

@@ -1,15 +1,19 @@
-"""Times of stages and links go in, a lower bound on the 1F1B step comes out: the longest of the paths that usually decide it.
+"""Times of stages and links go in, a lower bound on the 1F1B step comes out: the longest of the paths that usually
+decide it.
 
-For stage q, with f, b its forward and backward time and t = f + b, let S be the round-trip work before it and R that after it
-(links included), w = K - q its warm-up, rt(q, j) the round trip from q through j and back. Every 1F1B step takes at least
+For stage q, with f, b its forward and backward time and t = f + b, let S be the round-trip work before it and R that
+after it (links included), w = K - q its warm-up, rt(q, j) the round trip from q through j and back. Every 1F1B step
+takes at least
 
     H = max_q S + max{ M t,                       the stage is never idle once it has begun
                        f + R + M b,               it waits for the first gradient, then only backwards count
                        M f + R + b,               its last forward has yet to come back
                        [M > w] (M-w+1) t + 2 R,   both of these, and the steady state between
-                       [M > w] max_{j > q} f + R + b + n rt(q, j) + (M-1-n d) b }     rounds through stage j, d micro-batches each
+                       [M > w] max_{j > q} f + R + b + n rt(q, j) + (M-1-n d) b }     rounds through stage j, d
+                       micro-batches each
 
-with d = j - q + 1 and n = floor((M-1-w) / d) + 1: B(i) at q, F(i+w) at q, ..., F(i+w) at j, B(i+d) at j, ..., B(i+d) at q.
+with d = j - q + 1 and n = floor((M-1-w) / d) + 1: B(i) at q, F(i+w) at q, ..., F(i+w) at j, B(i+d) at j, ..., B(i+d) at
+q.
 """
 
 from __future__ import annotations
@@ -60,7 +64,8 @@ def _forward_paths(start: int, forward_us: Sequence[float], links: Mapping[tuple
 
 
 def _backward_paths(start: int, backward_us: Sequence[float], links: Mapping[tuple[int, int], Link]) -> list[float]:
-    """Longest time from the start of a backward on stage `start` to its end on each earlier stage; -inf where nothing flows."""
+    """Longest time from the start of a backward on stage `start` to its end on each earlier stage; -inf where nothing
+    flows."""
     end = [NO_PATH] * len(backward_us)
     end[start] = backward_us[start]
     for source, target in sorted(links, key=lambda pair: -pair[0]):

@@ -1,4 +1,5 @@
-"""A plan goes in; its costs, its schedule, and the timeline of a step come out: the `what if` behind `autopipe simulate`."""
+"""A plan goes in; its costs, its schedule, and the timeline of a step come out: the `what if` behind `autopipe
+simulate`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def simulate(
 
     Args:
         plan: stages, transfers, and the link between them.
-        num_microbatches, schedule, link: in place of the plan's own. A micro-batch keeps its size: more of them are a larger batch.
+        num_microbatches, schedule, link: in place of the plan's own. A micro-batch keeps its size: more of them are a
+            larger batch.
 
     Raises:
         ScheduleError: an unknown schedule, or no micro-batch.
@@ -55,8 +57,9 @@ def plan_schedule(
 def plan_costs(plan: Plan, link: LinkProfile | None = None, num_ranks: int | None = None) -> Costs:
     """The costs of a plan's stages and links for one micro-batch.
 
-    Of a transfer that takes t (latency + bytes over bandwidth), the share that is not hidden, (1 - overlap) t, is added to the
-    compute of both its ends: of an activation to their forwards, of a gradient to their backwards. The rest holds the link. `num_ranks` deals the stages over other ranks than the plan does.
+    Of a transfer that takes t (latency + bytes over bandwidth), the share that is not hidden, (1 - overlap) t, is added
+    to the compute of both its ends: of an activation to their forwards, of a gradient to their backwards. The rest
+    holds the link. `num_ranks` deals the stages over other ranks than the plan does.
     """
     forward = [stage.forward_us for stage in plan.stages]
     backward = [stage.backward_us for stage in plan.stages]

@@ -1,4 +1,5 @@
-"""A schedule and costs go in; the actions are played, each rank in its order and each link as a resource, and a Timeline comes out."""
+"""A schedule and costs go in; the actions are played, each rank in its order and each link as a resource, and a
+Timeline comes out."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from autopipe.simulate.timeline import Event, Timeline
 def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
     """Plays a schedule as the engine executes it.
 
-    A compute holds its rank and starts when the rank has come to it and what it reads has arrived. Sends and receives are issued
-    when the rank comes to them and do not hold it; the transfer starts when both ends are issued and its link, one for each edge
-    and direction, is free. A reduction of tied parameters is issued like a transfer and takes no time; those over the replicas come last.
+    A compute holds its rank and starts when the rank has come to it and what it reads has arrived. Sends and receives
+    are issued when the rank comes to them and do not hold it; the transfer starts when both ends are issued and its
+    link, one for each edge and direction, is free. A reduction of tied parameters is issued like a transfer and takes
+    no time; those over the replicas come last.
 
     Args:
         schedule: made by `build_schedule`, whose lists are restrictions of its order.
@@ -111,7 +113,8 @@ def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
 
 
 def count_live(schedule: Schedule) -> tuple[int, ...]:
-    """For each stage, the most micro-batches whose activations are alive at once; 1 where nothing is kept for a backward."""
+    """For each stage, the most micro-batches whose activations are alive at once; 1 where nothing is kept for a
+    backward."""
     live: Counter[int] = Counter()
     peak: Counter[int] = Counter()
     for action in schedule.order:

@@ -1,7 +1,9 @@
-"""Times of stages and links go in, the makespan of a step comes out: the planner's objective, called thousands of times.
+"""Times of stages and links go in, the makespan of a step comes out: the planner's objective, called thousands of
+times.
 
-The dependency graph of a schedule depends only on its kind, K, M and the stage graph. It is unrolled once into rows of (up to three)
-predecessors and one duration, and then only evaluated: the longest path, the same sums in the same order as the simulator's.
+The dependency graph of a schedule depends only on its kind, K, M and the stage graph. It is unrolled once into rows of
+(up to three) predecessors and one duration, and then only evaluated: the longest path, the same sums in the same order
+as the simulator's.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def step_time_us(
 
     Args:
         forward_us, backward_us: time of each stage for one micro-batch, in microseconds.
-        links: for each (source, target) stage, how long a transfer and its gradient hold the link; a gradient time of None says
-            that no gradient comes back.
+        links: for each (source, target) stage, how long a transfer and its gradient hold the link; a gradient time of
+            None says that no gradient comes back.
         num_microbatches: M, at least 1.
         schedule: a kind that `build_schedule` knows.
         num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
@@ -59,7 +61,8 @@ def step_time_us(
 
 
 def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float], num_ranks: int) -> float:
-    """When the last sum over the replicas ends: on a rank one stage after the other, in the order of their last backwards."""
+    """When the last sum over the replicas ends: on a rank one stage after the other, in the order of their last
+    backwards."""
     K = len(reduce_us)
     last = [0.0] * K
     for time_us, row in zip(reversed(end), reversed(rows), strict=False):
@@ -115,8 +118,8 @@ def _compile(
     row_of: list[int] = []
     for action, needs, behind in zip(program.events, program.needs, program.queued_behind, strict=True):
         if action.peer >= 0 and not timed_links:
-            # A transfer that takes no time never holds its reader up beyond its producer: slots and the link are free by the
-            # time the reader's rank comes to it.
+            # A transfer that takes no time never holds its reader up beyond its producer: slots and the link are free
+            # by the time the reader's rank comes to it.
             row_of.append(row_of[needs[0]])
             continue
         before = [row_of[i] for i in needs] + ([row_of[behind]] if behind >= 0 else [])

@@ -40,13 +40,13 @@ def verify(
 ) -> Verification:
     """Train one step as a pipeline of gloo processes of this machine, and as the plain model in this process.
 
-    Both see the same parameters and the same micro-batches. The loss is the model's own; where it has none, a fixed one on its
-    floating outputs. A model that draws random numbers is compared with dropout off.
+    Both see the same parameters and the same micro-batches. The loss is the model's own; where it has none, a fixed one
+    on its floating outputs. A model that draws random numbers is compared with dropout off.
 
     Args:
         build: returns model, args and kwargs of a whole batch; it is called in every process, so it must be picklable.
-        num_stages, num_microbatches, schedule: of the pipeline. There is a process for each stage; under a schedule with
-            several stages a rank, for every two.
+        num_stages, num_microbatches, schedule: of the pipeline. There is a process for each stage; under a schedule
+            with several stages a rank, for every two.
         tolerance: the relative error that counts as equal; None: 1e-5 for float32, 1e-2 for 16 bits, 1e-9 for float64.
         timeout_s: after this long the processes are killed.
 

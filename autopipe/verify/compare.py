@@ -17,12 +17,14 @@ from autopipe.verify.ranks import RankStep, result_file
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 TOLERANCE_OF_16_BITS = 1e-2
 SMALL = 1e-3
-"""A gradient below this share of the model's largest is compared with that share: below it, rounding of zeros is not a fault."""
+"""A gradient below this share of the model's largest is compared with that share: below it, rounding of zeros is not a
+fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One compared value: its relative error, the largest difference over the largest element; a remark where there is none.
+    """One compared value: its relative error, the largest difference over the largest element; a remark where there is
+    none.
 
     Attributes:
         stage: the stage that has it, -1 where it is of the whole model.

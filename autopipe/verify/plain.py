@@ -1,4 +1,5 @@
-"""The reference: the plain model's loss, gradients and buffers for one batch, micro-batch by micro-batch in this process."""
+"""The reference: the plain model's loss, gradients and buffers for one batch, micro-batch by micro-batch in this
+process."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class PlainStep:
 
 
 def surrogate_loss(output: Any, _target: Any = None) -> Tensor:
-    """A fixed loss on the floating outputs: a weighted mean and half the mean square, so that every element has its own gradient."""
+    """A fixed loss on the floating outputs: a weighted mean and half the mean square, so that every element has its own
+    gradient."""
     total: Tensor = torch.zeros(())
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
@@ -102,7 +104,8 @@ def _call(model: nn.Module, microbatch: MicroBatch) -> Call:
                 "a model that draws random numbers even in evaluation mode",
                 expected="the same result for the same batch",
                 where="verify",
-                remedy="give verify a factory whose model is deterministic, or draw the noise outside of it and pass it in",
+                remedy="give verify a factory whose model is deterministic, or draw the noise outside of it and "
+                "pass it in",
             )
     leaves = pytree.tree_leaves(output)
     surrogate = find_loss(output, leaves) is None

@@ -1,4 +1,5 @@
-"""A function goes in; it runs in several local gloo processes, and what each returned comes out. None outlives the call."""
+"""A function goes in; it runs in several local gloo processes, and what each returned comes out. None outlives the
+call."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def _received(pipe: Connection, process: Any, rank: int) -> Any:
 
 
 def _cause(failures: dict[int, AutopipeError]) -> AutopipeError:
-    """The first failure by rank that is more than another's echo: a death or a wrong call before an engine's message."""
+    """The first failure by rank that is more than another's echo: a death or a wrong call before an engine's
+    message."""
     ranked = sorted(failures.items(), key=lambda item: (isinstance(item[1], EngineError), item[0]))
     return ranked[0][1]
 

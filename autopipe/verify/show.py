@@ -32,7 +32,8 @@ def verification_report(found: Verification, format: str = "table") -> str:
             row["error"] = row["error"] if math.isfinite(row["error"]) else None  # JSON has no infinity
         return json.dumps(data, indent=1) + "\n"
     shown = found.differences if format == "csv" else found.differences[: max(SHOWN, len(found.faults[:50]))]
-    title = f"The {'worst ' if len(shown) < len(found.differences) else ''}{len(shown)} of {len(found.differences)} comparisons"
+    worst = "worst " if len(shown) < len(found.differences) else ""
+    title = f"The {worst}{len(shown)} of {len(found.differences)} comparisons"
     table = Table(title=title, columns=COLUMNS, rows=tuple(_row(d) for d in shown))
     return render(Document(title=_verdict(found), parts=(_facts(found), table)), format)
 
@@ -41,14 +42,16 @@ def _verdict(found: Verification) -> str:
     if found.equal:
         return f"Equal: a pipeline of {found.num_stages} stages computes what the plain model computes"
     worst = found.faults[0]
-    return f"Fault: {len(found.faults)} of {len(found.differences)} comparisons differ, the worst is {worst.kind} {worst.name}"
+    counts = f"{len(found.faults)} of {len(found.differences)} comparisons differ"
+    return f"Fault: {counts}, the worst is {worst.kind} {worst.name}"
 
 
 def _facts(found: Verification) -> str:
     counts = {kind: sum(d.kind == kind for d in found.differences) for kind in ("gradient", "buffer")}
     lines = [
         f"loss {found.loss:.7g} in the pipeline, {found.plain_loss:.7g} in the plain model",
-        f"{found.num_microbatches} micro-batches; {counts['gradient']} gradients and {counts['buffer']} buffers compared "
+        f"{found.num_microbatches} micro-batches; {counts['gradient']} gradients and {counts['buffer']} buffers "
+        "compared "
         "(a parameter of several stages on each)",
     ]
     if found.surrogate:

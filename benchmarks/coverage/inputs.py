@@ -1,4 +1,5 @@
-"""A transformers model goes in; keyword arguments that its forward takes come out, found by the names of its parameters."""
+"""A transformers model goes in; keyword arguments that its forward takes come out, found by the names of its
+parameters."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from scenarios.comparison import difference, observe, plain
 
 
 def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`right`, `refused` or `wrong` for each of the two. Models of transformers are asked for no cache, as neither takes one."""
+    """`right`, `refused` or `wrong` for each of the two. Models of transformers are asked for no cache, as neither
+    takes one."""
     model.train()
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "use_cache"):

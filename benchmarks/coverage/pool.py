@@ -1,4 +1,5 @@
-"""Names go in, each is worked on in a forked process of its own with a limit of processor time; one JSON line a name comes out."""
+"""Names go in, each is worked on in a forked process of its own with a limit of processor time; one JSON line a name
+comes out."""
 
 from __future__ import annotations
 

@@ -80,9 +80,8 @@ def _counts(everything: dict[str, Results]) -> str:
                 one["kinds_right"],
             )
             lines.append(
-                f"| {_TITLES.get(kind, kind)} | {', '.join(one['torch'])} | {', '.join(one['run_on'])} | {one['models']} | "
-                + " | ".join(map(str, cells))
-                + f" | {one['skipped']} |"
+                f"| {_TITLES.get(kind, kind)} | {', '.join(one['torch'])} | {', '.join(one['run_on'])} | "
+                f"{one['models']} | " + " | ".join(map(str, cells)) + f" | {one['skipped']} |"
             )
     note = "A model of transformers counts once for each attention that it has, eager and sdpa; *kinds* counts its types once."
     return "\n".join(lines) + f"\n\n{note}"
@@ -127,7 +126,8 @@ def _speed(everything: dict[str, Results]) -> str:
             lines.append(f"| {kind} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
     lines += [
         "",
-        "A Llama configuration of 6.74 billion parameters on the meta device, 1,721 nodes (`benchmarks/capture_large.py`): 1.1 to 2.3 s",
+        "A Llama configuration of 6.74 billion parameters on the meta device, 1,721 nodes "
+        "(`benchmarks/capture_large.py`): 1.1 to 2.3 s",
         "beside other work on both cores; the peak of the process grew by 30 to 46 MiB.",
     ]
     return "\n".join(lines)
@@ -137,7 +137,8 @@ def _routes(everything: dict[str, Results]) -> str:
     lines = [
         "## How they were captured",
         "",
-        "Train mode; the ways are those of `autopipe/capture/fallbacks.py`. *kept whole*: modules or methods whose Python reads values are one node",
+        "Train mode; the ways are those of `autopipe/capture/fallbacks.py`. *kept whole*: modules or methods whose "
+        "Python reads values are one node",
         "each. *guarded*: what Python read is compared at each run, and an error says where it differs.",
         "",
         "| list | recorded | recorded, compiling | kept whole | guarded | torch.export |",
@@ -154,7 +155,8 @@ def _other_batches(everything: dict[str, Results]) -> str:
     lines = [
         "## The same graph on a batch with other values",
         "",
-        "Train mode, of those that are right. *raises*: a guard says what differs. *not taken*: the plain model fails on the batch too.",
+        "Train mode, of those that are right. *raises*: a guard says what differs. *not taken*: the plain model "
+        "fails on the batch too.",
         "",
         "| list | equal | raises | not taken | not tried | those that raise |",
         "|---|---|---|---|---|---|",
@@ -184,8 +186,10 @@ def _peers(everything: dict[str, Results], peers: dict[str, Results]) -> str:
     lines = [
         "## torch.export and torch.distributed.pipelining.pipeline on the same models",
         "",
-        "Train mode, non-strict, models of transformers without cache (which neither takes among inputs and outputs). `pipeline()` is split in",
-        "the middle of the longest list of layers, and its stages are run one after the other with their gradients connected. *wrong*: outputs,",
+        "Train mode, non-strict, models of transformers without cache (which neither takes among inputs and "
+        "outputs). `pipeline()` is split in",
+        "the middle of the longest list of layers, and its stages are run one after the other with their gradients "
+        "connected. *wrong*: outputs,",
         "gradients or buffers differ from the plain model's under one of three seeds, and nothing was said.",
         "",
         "| list | models | export right | refused | wrong | pipeline right | refused | wrong | right there, not here |",

@@ -1,9 +1,10 @@
-"""A crash at any moment of saving loses nothing: processes are killed while they save, and what they had saved must still be there.
+"""A crash at any moment of saving loses nothing: processes are killed while they save, and what they had saved must
+still be there.
 
-Each run saves without end; the weights of save number n are all n, and every folder is saved twice, so that replacing is met too.
-One of its processes, or all, get SIGKILL at a random moment. Then the newest whole checkpoint must load, be of one save alone, and
-of none before the last that was reported as done. A full disk (a limit on the size of a file) must give an error on every rank, and
-leave the last checkpoint as it was.
+Each run saves without end; the weights of save number n are all n, and every folder is saved twice, so that replacing
+is met too. One of its processes, or all, get SIGKILL at a random moment. Then the newest whole checkpoint must load, be
+of one save alone, and of none before the last that was reported as done. A full disk (a limit on the size of a file)
+must give an error on every rank, and leave the last checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def crash(
 
 
 def save_on_a_full_disk(folder: str, limit_bytes: int, asynchronous: bool, width: int) -> tuple[str, int]:
-    """Saves once, then once with a limit on the size of files, then once without. Returns the error, and the save that stood after it."""
+    """Saves once, then once with a limit on the size of files, then once without. Returns the error, and the save that
+    stood after it."""
     engine = make_engine(width)
     for parameter in engine.parameters():
         parameter.data.fill_(1)
@@ -178,7 +180,8 @@ def main(arguments: list[str]) -> None:
     lost = sum(r["lost"] for r in rows)
     print(
         f"{len(rows)} crashes, {sum(r['unfinished'] for r in rows)} with a checkpoint half written, by ranks and way: "
-        f"{dict(Counter((r['ranks'], 'asynchronous' if r['asynchronous'] else 'synchronous') for r in rows))}; {lost} lost"
+        f"{dict(Counter((r['ranks'], 'asynchronous' if r['asynchronous'] else 'synchronous') for r in rows))}; "
+        f"{lost} lost"
     )
     if options.output:
         options.output.write_text(json.dumps({"crashes": rows, "full_disks": full}, indent=1))

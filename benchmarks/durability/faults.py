@@ -1,10 +1,12 @@
-"""Faults of every kind, phase and rank on 2 to 4 processes: is the right stage named on every living rank, how soon, is anything left.
+"""Faults of every kind, phase and rank on 2 to 4 processes: is the right stage named on every living rank, how soon, is
+anything left.
 
     python -m benchmarks.durability faults                    # 100 faults, about ten minutes on 2 cores
     python -m benchmarks.durability faults --count 12 --json faults.json
 
-Each fault is a training run of its own (`faulty.py`), in which one rank raises, is killed, is stopped, is slow, or holds Python's
-lock, in one phase of its ninth step. A stopped rank is continued once the others have ended: it has to name itself, and to end.
+Each fault is a training run of its own (`faulty.py`), in which one rank raises, is killed, is stopped, is slow, or
+holds Python's lock, in one phase of its ninth step. A stopped rank is continued once the others have ended: it has to
+name itself, and to end.
 """
 
 from __future__ import annotations

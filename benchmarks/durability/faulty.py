@@ -44,7 +44,8 @@ def strike(how: str) -> None:
 
 
 class Part(nn.Module):
-    """A layer that reads a value, so that it is kept whole and run as it is; it fails in its micro-batch when its stage is to."""
+    """A layer that reads a value, so that it is kept whole and run as it is; it fails in its micro-batch when its stage
+    is to."""
 
     def __init__(self, index: int, fault: dict[str, Any]) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""What a rank holds: the growth of its peak memory while it takes its stage of a model on the meta device, beside the stage's bytes."""
+"""What a rank holds: the growth of its peak memory while it takes its stage of a model on the meta device, beside the
+stage's bytes."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def main(arguments: list[str]) -> None:
     for r in rows:
         mib = {k: v / MIB for k, v in r.items() if k.endswith("bytes")}
         print(
-            f"{r['source']:16s}  {r['stage']:5d}  {mib['stage_bytes']:9.1f}  {mib['grown_bytes']:10.1f}  {r['ratio']:5.2f}"
+            f"{r['source']:16s}  {r['stage']:5d}  {mib['stage_bytes']:9.1f}  {mib['grown_bytes']:10.1f}  "
+            f"{r['ratio']:5.2f}"
             f"  {mib['step_bytes']:10.1f}  {mib['plan_peak_bytes']:15.1f}"
         )
     if options.output:

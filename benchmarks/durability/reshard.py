@@ -1,8 +1,9 @@
-"""A checkpoint of any layout is read by any other: weights and optimizer state bit for bit, and the next losses of the undisturbed run.
+"""A checkpoint of any layout is read by any other: weights and optimizer state bit for bit, and the next losses of the
+undisturbed run.
 
-Layouts are stages x replicas, with ZeRO-0 or 1. A run of every layout trains 3 steps, saves, and trains 3 more. Every other layout
-loads what it saved, saves it again at once, and trains 3 steps: the two checkpoints must hold the same bytes, and the losses must be
-those of the run that went on.
+Layouts are stages x replicas, with ZeRO-0 or 1. A run of every layout trains 3 steps, saves, and trains 3 more. Every
+other layout loads what it saved, saves it again at once, and trains 3 steps: the two checkpoints must hold the same
+bytes, and the losses must be those of the run that went on.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> None:
     for rank, r in enumerate(rows):
         ms = {k: 1e3 * v for k, v in r.items()}
         print(
-            f"{rank:4d}  {r['state_mib']:9.0f}  {ms['copy']:7.0f}  {ms['asynchronous']:20.0f}  {ms['synchronous']:19.0f}"
+            f"{rank:4d}  {r['state_mib']:9.0f}  {ms['copy']:7.0f}  {ms['asynchronous']:20.0f}  "
+            f"{ms['synchronous']:19.0f}"
             f"  {ms['step']:7.0f}  {ms['step beside']:21.0f}"
         )
     if options.output:

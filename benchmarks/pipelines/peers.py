@@ -1,4 +1,5 @@
-"""The peers: each is made from the same layers, cut into the same stages, and gives a function that does one training step."""
+"""The peers: each is made from the same layers, cut into the same stages, and gives a function that does one training
+step."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def computes_s(step: Any) -> float:
 def plain_stage(
     layers: list[nn.Module], rows: Tensor, num_microbatches: int, loss: tuple[Any, Tensor] | None = None
 ) -> Callable[[], Any]:
-    """What a stage computes in a step, without any pipeline: forward and backward of each micro-batch, and the optimizer.
+    """What a stage computes in a step, without any pipeline: forward and backward of each micro-batch, and the
+    optimizer.
 
     Args:
         loss: of the last stage, the loss function and its target.
@@ -86,7 +87,8 @@ def compare(
     peers: tuple[str, ...],
     num_rounds: int,
 ) -> dict[str, Any]:
-    """Step times of the peers, of this rank's plain compute, and the losses of the first steps (equal where all do the same)."""
+    """Step times of the peers, of this rank's plain compute, and the losses of the first steps (equal where all do the
+    same)."""
     layers, batch, target, loss_fn = make()
     steps: dict[str, Step] = {n: PEERS[n](layers, batch, target, loss_fn, num_microbatches) for n in peers}
     losses = {n: [step() for _ in range(2)] for n, step in steps.items()}
@@ -119,8 +121,8 @@ def peak_memory(
 def divided(
     make: Callable[[], tuple[list[nn.Module], Tensor, Tensor, Any]], num_microbatches: int, num_rounds: int
 ) -> tuple[int, dict[str, list[float]]]:
-    """The nodes of this rank's stage, and the seconds of a micro-batch's backward in each step: whole under 1F1B (B), and in its two
-    parts under ZB-H1 (I, W), in turn."""
+    """The nodes of this rank's stage, and the seconds of a micro-batch's backward in each step: whole under 1F1B (B),
+    and in its two parts under ZB-H1 (I, W), in turn."""
     built = make()
     steps = {n: autopipe_step(*built, num_microbatches, schedule=n) for n in ("1f1b", "zb-h1")}
     times: dict[str, list[float]] = {kind: [] for kind in "BIW"}

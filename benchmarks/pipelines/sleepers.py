@@ -20,7 +20,8 @@ STAGES_A_RANK = {"1f1b": 1, "eager-1f1b": 1, "zb-h1": 1, "interleaved": 2}
 
 
 def simulated_s(plan: Plan, nap_s: float) -> float:
-    """The step of a plan whose stages sleep, given what a nap takes with the work around it; transfers over the plan's link."""
+    """The step of a plan whose stages sleep, given what a nap takes with the work around it; transfers over the plan's
+    link."""
     num_ranks = plan.num_ranks or plan.num_stages
     nap_us = 1e6 * nap_s * 2 * num_ranks / plan.num_stages
     stages = tuple(dataclasses.replace(s, forward_us=nap_us, backward_us=2 * nap_us) for s in plan.stages)

@@ -243,7 +243,8 @@ CASES["a detector in one step"] = lambda: (OneStageDetector(), (x(),), {})
 
 
 class SpecAugment(nn.Module):
-    """As speech encoders are: a method draws the mask with numpy and reads a parameter; layers are dropped at a rate of 0."""
+    """As speech encoders are: a method draws the mask with numpy and reads a parameter; layers are dropped at a rate of
+    0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Starts the watchers of a run and its board, and sees that no rank leaves them without a word: exceptions, exits, forks."""
+"""Starts the watchers of a run and its board, and sees that no rank leaves them without a word: exceptions, exits,
+forks."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def start_watching(
         raise EngineError(
             f"rank {refused[0]} cannot connect to rank 0 at {', '.join(addresses)}, port {port}",
             expected="connections between all ranks",
-            remedy="set MASTER_ADDR to a name of rank 0's machine that all others resolve, and let them connect to its ports",
+            remedy="set MASTER_ADDR to a name of rank 0's machine that all others resolve, and let them connect to "
+            "its ports",
         )
     watcher.connect(wire, BoardHost(pid=pid, started=started, visible=visible), board, seconds, interrupt)
     _LIVE[:] = [w for w in _LIVE if not w.closed] + [watcher]

@@ -1,8 +1,10 @@
-"""The board, a thread on rank 0: every rank's watcher is connected to it; the first failure that it learns of is told to all.
+"""The board, a thread on rank 0: every rank's watcher is connected to it; the first failure that it learns of is told
+to all.
 
-What it goes by, from the surest on: a rank's own message; the end of its connection without a goodbye, which the kernel of a
-killed process sends at once; what its host says of a rank that has been silent; and, where no rank shares that host, a silence
-of many heartbeats. A rank that is silent but runs (an operation that holds Python's lock) is warned about and never blamed.
+What it goes by, from the surest on: a rank's own message; the end of its connection without a goodbye, which the kernel
+of a killed process sends at once; what its host says of a rank that has been silent; and, where no rank shares that
+host, a silence of many heartbeats. A rank that is silent but runs (an operation that holds Python's lock) is warned
+about and never blamed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def beat_every(heartbeat_s: float) -> float:
 
 
 def verdict(silent_s: float, heartbeat_s: float, state: State | None) -> str:
-    """What to think of a rank: `well`, `busy` (silent, but it runs), `stopped`, `gone`, or `silent` (nothing can be seen of it)."""
+    """What to think of a rank: `well`, `busy` (silent, but it runs), `stopped`, `gone`, or `silent` (nothing can be
+    seen of it)."""
     if heartbeat_s <= 0 or silent_s < heartbeat_s:
         return "well"
     if state is not None:
@@ -269,7 +272,8 @@ class FailureCoordinator(threading.Thread):
             member.warned = True
             phase = member.place.phase if member.place else "starting"
             _LOG.warning(
-                "rank %d has been silent for %.0f s in %s, but its process runs: an operation holds Python's lock, or the machine "
+                "rank %d has been silent for %.0f s in %s, but its process runs: an operation holds Python's lock, "
+                "or the machine "
                 "is overloaded",
                 member.rank,
                 silent_s,

@@ -1,4 +1,5 @@
-"""What a failure is, as all ranks name it: rank, stage, phase, and the message; and what was only noticed of another's."""
+"""What a failure is, as all ranks name it: rank, stage, phase, and the message; and what was only noticed of
+another's."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ class HeartbeatClient(threading.Thread):
                 rank=message["left"],
                 stage=None,
                 phase=BETWEEN_STEPS,
-                message=f"{note + ' ' if note else ''}it has left, its engine closed or its script ended, while other ranks went on",
+                message=f"{note + ' ' if note else ''}it has left, its engine closed or its script ended, while "
+                "other ranks went on",
             )
         elif "beat" in message:
             self._board_at = RankPhase(**message["beat"])

@@ -16,7 +16,8 @@ class JsonSocket:
     """One end of a connection. Any thread may send; one thread receives."""
 
     def __init__(self, sock: socket.socket, gone_after_s: float) -> None:
-        """Takes over a connected socket; a host that answers nothing for `gone_after_s` closes it (0: the system's own time)."""
+        """Takes over a connected socket; a host that answers nothing for `gone_after_s` closes it (0: the system's own
+        time)."""
         self.sock = sock
         self._buffer = b""
         self._lock = threading.Lock()
@@ -32,7 +33,8 @@ class JsonSocket:
         return False
 
     def receive(self) -> list[Message] | None:
-        """What has arrived, after the socket was found readable; None where the other end is gone or sends no messages."""
+        """What has arrived, after the socket was found readable; None where the other end is gone or sends no
+        messages."""
         try:
             data = self.sock.recv(MAX_LINE)
         except (BlockingIOError, InterruptedError, TimeoutError):

@@ -119,7 +119,8 @@ class RankMonitor:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Around everything that users call: what goes wrong inside is told to all ranks, and what went wrong elsewhere is raised.
+        """Around everything that users call: what goes wrong inside is told to all ranks, and what went wrong elsewhere
+        is raised.
 
         Errors of autopipe that name a mistake pass as they are, since every rank raises them.
 
@@ -168,7 +169,8 @@ class RankMonitor:
     def leave(self, cause: BaseException) -> None:
         """Tells all ranks that an exception ends the script, unless they know of a failure already.
 
-        Errors of autopipe were raised on all ranks; where one was not, the board has a note of it, and the rank that leaves is named with it.
+        Errors of autopipe were raised on all ranks; where one was not, the board has a note of it, and the rank that
+        leaves is named with it.
         """
         known = self._first is not None or isinstance(cause, AutopipeError)
         if not known and self._link is not None and not self.closed:

@@ -19,7 +19,8 @@ def host_identity() -> str:
 
 
 def started_at(pid: int) -> str:
-    """When a process was started, in clock ticks since boot; with the pid it names one process for good. Empty without `/proc`."""
+    """When a process was started, in clock ticks since boot; with the pid it names one process for good. Empty without
+    `/proc`."""
     fields = _stat(pid)
     return fields[19] if fields else ""
 

@@ -40,7 +40,8 @@ class RankPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What a stage takes for the forward and backward of one micro-batch, measured over the last steps and as planned, in microseconds."""
+    """What a stage takes for the forward and backward of one micro-batch, measured over the last steps and as planned,
+    in microseconds."""
 
     stage: int
     measured_us: float
@@ -95,7 +96,8 @@ class StragglerDetector:
             if key in self._slow_before and key not in self._said_pace:
                 self._said_pace.add(key)
                 warnings.append(
-                    f"stage {pace.stage} on rank {rank} is slow: {pace.measured_us / 1e3:.0f} ms a micro-batch where its plan "
+                    f"stage {pace.stage} on rank {rank} is slow: {pace.measured_us / 1e3:.0f} ms a micro-batch "
+                    "where its plan "
                     f"and the pace of the other stages give {expected_us / 1e3:.0f} ms, "
                     f"{pace.measured_us / expected_us:.1f} times as long"
                 )

@@ -1,4 +1,5 @@
-"""The processes of a run: who this one is, its device, and the few collective questions that are asked outside of a step."""
+"""The processes of a run: who this one is, its device, and the few collective questions that are asked outside of a
+step."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ class Context:
                 )
 
     def close(self) -> None:
-        """Says goodbye to the other ranks, then destroys the process groups that the engine has made; peers that wait in them get an error."""
+        """Says goodbye to the other ranks, then destroys the process groups that the engine has made; peers that wait
+        in them get an error."""
         self.watcher.close()
         self.alarm.close()
         groups, self.groups, self.control = self.groups, [], None
@@ -174,7 +176,8 @@ def make_context(device: torch.device | str | None) -> Context:
 
 
 def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
-    """The launch's store, rank and number of ranks; after a restart by torchrun, apart from the keys of the attempt before.
+    """The launch's store, rank and number of ranks; after a restart by torchrun, apart from the keys of the attempt
+    before.
 
     torchrun keeps its store over restarts, and gloo would connect to addresses that the dead ranks have left in it.
     """

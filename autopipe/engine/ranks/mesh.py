@@ -23,8 +23,8 @@ class MeshShape:
     Attributes:
         num_stages: K.
         data_parallel: D, the number of replicas.
-        ranks: (D x P) the rank that runs each pipeline rank of each replica, replica by replica; stage s is on pipeline rank s
-            mod P.
+        ranks: (D x P) the rank that runs each pipeline rank of each replica, replica by replica; stage s is on pipeline
+            rank s mod P.
     """
 
     num_stages: int
@@ -52,8 +52,8 @@ class ProcessMesh:
         rank: this rank in the world.
         replica, pipeline_rank: its place: row and column.
         data_group: the ranks that hold the same stages in all replicas, on the device's backend; None with one replica.
-        data_control, pipeline_control: gloo groups for small messages, over these ranks and over those of this replica; None
-            where there is only one such rank. In a group ranks stand in ascending order, whatever the mesh says.
+        data_control, pipeline_control: gloo groups for small messages, over these ranks and over those of this replica;
+            None where there is only one such rank. In a group ranks stand in ascending order, whatever the mesh says.
     """
 
     shape: MeshShape
@@ -166,7 +166,8 @@ def mesh_shape_of_plan(plan: Plan, config: PipelineConfig, world_size: int) -> M
     if world_size != D * P:
         each = f"{P} process{'es' if P > 1 else ''} for each replica"
         raise PlanError(
-            f"{world_size} process{'es' if world_size > 1 else ''} for a plan of {plan.num_stages} stages, {plan.data_parallel} replicas",
+            f"{world_size} process{'es' if world_size > 1 else ''} for a plan of {plan.num_stages} stages, "
+            f"{plan.data_parallel} replicas",
             expected=f"{D * P} processes, whose ranks the plan names" if plan.ranks else each,
             where="plan",
             remedy=f"launch with `torchrun --nproc-per-node {P * plan.data_parallel}`, "

@@ -63,7 +63,8 @@ class Replicas:
                 dist.broadcast(buffer, self._mesh.rank_of(self._mesh.pipeline_rank, 0), group=self._mesh.data_group)
 
     def shard(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-        """The replica that owns each parameter: under ZeRO-1 the least loaded takes the next largest; -1: all own all."""
+        """The replica that owns each parameter: under ZeRO-1 the least loaded takes the next largest; -1: all own
+        all."""
         if self._zero_stage == 0 or self.single:
             return dict.fromkeys(parameters, -1)
         load = [0] * self._mesh.data_parallel

@@ -1,7 +1,8 @@
-"""Moves tensors between stages: one two-rank group for each directed edge, order as the only matching, sends that do not block.
+"""Moves tensors between stages: one two-rank group for each directed edge, order as the only matching, sends that do
+not block.
 
-The rules are those that NCCL needs; gloo and the lanes of one host, which would allow more, are held to the same. The numbers are
-those of the rules in docs/architecture.md.
+The rules are those that NCCL needs; gloo and the lanes of one host, which would allow more, are held to the same. The
+numbers are those of the rules in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ class TensorSpec:
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory; None
-        where that is the order in which they stand."""
+        """The dimensions from the slowest to the fastest, so that a permuted dense tensor travels as it lies in memory;
+        None where that is the order in which they stand."""
         return _slowest_first(self.stride)
 
 
 @dataclass(frozen=True, eq=False)
 class MessageSpec:
-    """The tensors of a message, which go together. One object stands for all messages of a kind; `repeated` ones come in every step."""
+    """The tensors of a message, which go together. One object stands for all messages of a kind; `repeated` ones come
+    in every step."""
 
     tensors: Sequence[TensorSpec]
     repeated: bool = False
@@ -107,7 +109,8 @@ class Transport:
         self._streams: dict[Flow, Any] = {}
 
     def open(self, flows: Sequence[Flow]) -> None:
-        """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules 1, 6).
+        """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules
+        1, 6).
 
         On CPUs, ranks of one host have a lane instead, and one the other way, unless AUTOPIPE_SHARED_MEMORY=0.
         """
@@ -125,7 +128,8 @@ class Transport:
                 self._warm_up(flow)
 
     def neighbours(self, ranks: Sequence[int]) -> list[int] | None:
-        """The ranks to which this one has lanes, where lanes lead from each of `ranks` to each; None where they do not."""
+        """The ranks to which this one has lanes, where lanes lead from each of `ranks` to each; None where they do
+        not."""
         reached, ends = {ranks[0]}, [f for f in self._lanes if f[0] in ranks and f[1] in ranks]
         while grown := {b for a, b in ends if a in reached} - reached:
             reached |= grown
@@ -143,7 +147,8 @@ class Transport:
             accelerator.synchronize(self._context.device)
 
     def send(self, flow: Flow, tensors: Sequence[Tensor], spec: MessageSpec) -> Handle:
-        """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile (rule 10)."""
+        """Starts sending; the tensors are kept until the handle is joined or dropped, and must not be written meanwhile
+        (rule 10)."""
         if not spec.travels:
             return Works([], [])
         lane = self._lanes.get(flow)
@@ -164,7 +169,8 @@ class Transport:
         lane = self._lanes.get(flow)
         if isinstance(lane, ShmReceiver) and spec.travels:
             return lane.expect(spec.packing)
-        # torch's allocator keeps memory by stream: a receive waits for no compute but those that have read what it is given
+        # torch's allocator keeps memory by stream: a receive waits for no compute but those that have read what it is
+        # given
         with self._side(flow):
             tensors = [_new(s, self._context.device) for s in spec.tensors]
             if not spec.travels:

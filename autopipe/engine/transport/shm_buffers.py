@@ -76,8 +76,8 @@ class Block:
             os.close(fd)
 
     def views(self, packing: MessageLayout) -> Sequence[Tensor]:
-        """The tensors of a message on this memory; those of the last repeated one are kept, since between computes, when nothing
-        of it is in the processor's cache, making a view takes as long as the copy."""
+        """The tensors of a message on this memory; those of the last repeated one are kept, since between computes,
+        when nothing of it is in the processor's cache, making a view takes as long as the copy."""
         if packing is self._packing:
             return self._views
         views = packing.views(self.memory)

@@ -1,10 +1,10 @@
 """A flow between two processes of one host: a message lies in memory that both have mapped, and a socket says where.
 
-The sender copies a message into a block of shared memory and writes the block's number to a local socket; the receiver copies it
-out and gives the block back. A message so wakes the thread that waits for it and no other, where a library for networks has a thread
-at each end, which takes the core from a compute. A send does not wait for its receiver: where no block is free another is made, so
-that there are as many as the schedule lets be under way. Blocks have no names, and travel over the socket as open files: nothing
-is left behind, however a process ends.
+The sender copies a message into a block of shared memory and writes the block's number to a local socket; the receiver
+copies it out and gives the block back. A message so wakes the thread that waits for it and no other, where a library
+for networks has a thread at each end, which takes the core from a compute. A send does not wait for its receiver: where
+no block is free another is made, so that there are as many as the schedule lets be under way. Blocks have no names, and
+travel over the socket as open files: nothing is left behind, however a process ends.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class ShmReceiver:
             return int.from_bytes(files[0][2], sys.byteorder)
 
     def _received(self, receive: Callable[..., T], *args: int) -> T:
-        """What a call of the socket gives. A reset says, once, that the sender has left without reading what was given back; what it sent is there."""
+        """What a call of the socket gives. A reset says, once, that the sender has left without reading what was given
+        back; what it sent is there."""
         try:
             return receive(*args)
         except ConnectionResetError:

@@ -30,7 +30,8 @@ class DeviceLayout:
 
     Attributes:
         data_parallel, num_ranks: D and P.
-        placement: how it came about: `stages` of a replica are neighbours, `replicas` of a stage are, or an order of devices.
+        placement: how it came about: `stages` of a replica are neighbours, `replicas` of a stage are, or an order of
+            devices.
         ranks: (D x P) the device that runs each pipeline rank of each replica, replica by replica.
     """
 
@@ -94,10 +95,11 @@ def _replicas_together(devices: list[int], D: int, P: int) -> tuple[int, ...]:
 
 
 def stage_devices(cluster: Cluster, layout: DeviceLayout, num_stages: int) -> StageDevices:
-    """What each of K stages runs on, stage s on pipeline rank s modulo P: the slowest of its replicas, and of their links.
+    """What each of K stages runs on, stage s on pipeline rank s modulo P: the slowest of its replicas, and of their
+    links.
 
-    Gradients are summed by a ring over the replicas (Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009), at the pace of its
-    slowest link: 2 (D - 1) messages of a D-th of the bytes each.
+    Gradients are summed by a ring over the replicas (Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009), at the
+    pace of its slowest link: 2 (D - 1) messages of a D-th of the bytes each.
     """
     K, D, P = num_stages, layout.data_parallel, layout.num_ranks
     speed, latency, per_byte, exposed = np.ones(P), np.zeros((P, P)), np.zeros((P, P)), np.zeros((P, P))
@@ -132,7 +134,8 @@ def memory_limits(cluster: Cluster, layout: DeviceLayout, num_stages: int) -> tu
 
 
 def check_kinds(cluster: Cluster, device: str) -> None:
-    """Devices named by product must be what the costs are of: the ratio of two products differs from operator to operator.
+    """Devices named by product must be what the costs are of: the ratio of two products differs from operator to
+    operator.
 
     Raises:
         PartitionError: a device of the cluster is of another kind than the costs.
@@ -143,12 +146,14 @@ def check_kinds(cluster: Cluster, device: str) -> None:
             f"a device {strange[0]!r} in the cluster, and costs of {device!r}",
             expected="costs of that device, or a speed in its place",
             where="cluster",
-            remedy=f"profile with --device {strange[0]}, or --from FILE beside it, or give its speed against {device!r}",
+            remedy=f"profile with --device {strange[0]}, or --from FILE beside it, or give its speed against "
+            f"{device!r}",
         )
 
 
 def on_cluster(plan: Plan, cluster: Cluster) -> Plan:
-    """The same cuts on the first devices of a cluster: their speeds, memory and links, and the sums over the replicas on them.
+    """The same cuts on the first devices of a cluster: their speeds, memory and links, and the sums over the replicas
+    on them.
 
     Raises:
         ClusterError: it has fewer devices than the plan.

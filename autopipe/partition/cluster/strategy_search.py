@@ -1,9 +1,9 @@
 """The search over everything: stages x replicas x micro-batches x schedule x recompute x ZeRO for a number of devices.
 
-Best first: every way to use the devices has a lower bound on its step, from the bound on its pipeline and from the work and the
-sums of gradients that its ranks share. The ways are planned in the order of their bounds, each by the DP with little effort,
-until the next bound is not below the best step found; what is left cannot be faster. Then several stages on each rank are
-tried for the most promising ways, and the fastest few are planned again with all the effort.
+Best first: every way to use the devices has a lower bound on its step, from the bound on its pipeline and from the work
+and the sums of gradients that its ranks share. The ways are planned in the order of their bounds, each by the DP with
+little effort, until the next bound is not below the best step found; what is left cannot be faster. Then several stages
+on each rank are tried for the most promising ways, and the fastest few are planned again with all the effort.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class SearchSpace:
 
     Attributes:
         global_batch: samples of a step, over all replicas.
-        num_stages, data_parallel, num_microbatches, zero_stage: fixed where they are not None; micro-batches are of one replica.
+        num_stages, data_parallel, num_microbatches, zero_stage: fixed where they are not None; micro-batches are of one
+            replica.
         schedules: those that may be used.
         optimizer, recompute, constraints: as for `partition`.
     """
@@ -81,11 +82,13 @@ class ParallelStrategy:
 def search(
     profiles: Sequence[Profile], cluster: Cluster, wanted: SearchSpace, *, time_budget_s: float = 8.0, seed: int = 0
 ) -> Plan:
-    """The plan with the shortest simulated step that uses all devices of a cluster, of those that fit into their memory.
+    """The plan with the shortest simulated step that uses all devices of a cluster, of those that fit into their
+    memory.
 
     Args:
-        profiles: of one graph, as `profiler.sizes.check_sizes` gives them; with two sizes, times of others are on a line through
-            them, with one they are in proportion, and sizes below it are left out unless nothing else divides the batch.
+        profiles: of one graph, as `profiler.sizes.check_sizes` gives them; with two sizes, times of others are on a
+            line through them, with one they are in proportion, and sizes below it are left out unless nothing else
+            divides the batch.
         cluster: all of its devices are used.
         time_budget_s: seconds of search, counted in work done.
 
@@ -134,7 +137,8 @@ class _Search:
     # -- what there is to choose from ---------------------------------------------------------------------------------
 
     def ways(self) -> Iterator[ParallelStrategy]:
-        """All ways with one stage on each rank; with more where that is asked for, by the numbers or by the schedule."""
+        """All ways with one stage on each rank; with more where that is asked for, by the numbers or by the
+        schedule."""
         wanted, num_devices = self.wanted, len(self.cluster.devices)
         for D in _divisors(num_devices):
             P = num_devices // D
@@ -203,7 +207,8 @@ class _Search:
     def own_bound_us(self, way: ParallelStrategy) -> float:
         """The same with as many stages on each rank as the way has.
 
-        A rank with one stage sums its gradients when it has nothing more to compute; with several it can do both at once.
+        A rank with one stage sums its gradients when it has nothing more to compute; with several it can do both at
+        once.
         """
         bound, P, M = self.bound_us(way), way.layout.num_ranks, way.num_microbatches
         if way.rounds > 1:
@@ -223,7 +228,8 @@ class _Search:
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def plan(self, way: ParallelStrategy, effort_s: float) -> None:
-        """Plans a way, unless it does not fit into memory; under ZeRO-1 only where memory is short without it: it costs time and shortens no step."""
+        """Plans a way, unless it does not fit into memory; under ZeRO-1 only where memory is short without it: it costs
+        time and shortens no step."""
         zero = self.wanted.zero_stage
         stages = (0, 1) if zero is None else (zero,)
         for zero_stage in stages if way.layout.data_parallel > 1 else stages[:1]:
@@ -294,7 +300,8 @@ class _Search:
         )
 
     def _fastest(self, plan: Plan, way: ParallelStrategy) -> Plan:
-        """The plan under the fastest schedule that is allowed and fits, as `fastest_schedule` constrains; the slower are not played."""
+        """The plan under the fastest schedule that is allowed and fits, as `fastest_schedule` constrains; the slower
+        are not played."""
         ranks = way.layout.num_ranks
         names = list(schedules_for(way.num_stages, ranks, self.wanted.schedules))
         if any(stage.recompute for stage in plan.stages):

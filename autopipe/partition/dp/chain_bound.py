@@ -1,8 +1,9 @@
-"""A lower bound on the largest load of graphs that are nearly a line: one chain is kept, all other work may go anywhere.
+"""A lower bound on the largest load of graphs that are nearly a line: one chain is kept, all other work may go
+anywhere.
 
-Let C be the heaviest path of the graph. Any split of the graph splits C in its order, with loads t(i, j) that are no larger than
-those of the stages they are parts of, less the work of the other nodes there. So no split stays below U unless the chain has
-one, empty stages allowed, that leaves room for the rest:
+Let C be the heaviest path of the graph. Any split of the graph splits C in its order, with loads t(i, j) that are no
+larger than those of the stages they are parts of, less the work of the other nodes there. So no split stays below U
+unless the chain has one, empty stages allowed, that leaves room for the rest:
 
     F_k[j] = min over i <= j with t(i, j) <= U of F_(k-1)[i] + t(i, j),        F_K[|C|] + work outside C <= K U
 
@@ -26,7 +27,8 @@ MOST_FLUID = 0.1
 
 
 def fluid_bound_us(graph: CostGraph, num_stages: int, low_us: float, upper_us: float, effort: Effort) -> float:
-    """A largest load that no split beats, at least `low_us`, which is a bound too, and at most `upper_us`, which is possible."""
+    """A largest load that no split beats, at least `low_us`, which is a bound too, and at most `upper_us`, which is
+    possible."""
     chain = heaviest_path(graph)
     line = _along(graph, chain)
     rest = float(graph.work_us.sum()) - float(line.work_us.sum())
@@ -84,7 +86,8 @@ def _along(graph: CostGraph, nodes: IntArray) -> CostGraph:
 
 
 def _blocks(line: CostGraph, upper_us: float) -> list[tuple[int, FloatArray]]:
-    """Loads of all intervals that may stay below the upper bound: first start, and (starts, ends) from the one after it."""
+    """Loads of all intervals that may stay below the upper bound: first start, and (starts, ends) from the one after
+    it."""
     n = line.num_nodes
     costs = IntervalCosts(line, np.arange(n))
     blocks = []

@@ -4,8 +4,8 @@ With a pool of down-sets for every border, t_k(a, b) the load of the stage b - a
 
     F_k[b] = min over a < b of max(F_(k-1)[a], t_k(a, b))
 
-It is the DP over ideals of Tarnawski et al. (NeurIPS 2020), with the ideals of each border only, in the window that a split
-as good as the best one known must keep to. Where every window was enumerated whole, the result is the optimum.
+It is the DP over ideals of Tarnawski et al. (NeurIPS 2020), with the ideals of each border only, in the window that a
+split as good as the best one known must keep to. Where every window was enumerated whole, the result is the optimum.
 """
 
 from __future__ import annotations

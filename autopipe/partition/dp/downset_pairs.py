@@ -1,14 +1,14 @@
 """The load of the stage between every two down-sets of two pools, by matrix products over counts.
 
-Let a < b be down-sets, p_a = 1 where a tensor's maker is in a, r_a the number of its readers in a, R the number of all. The
-stage b - a sends the tensor where its maker is in b - a and a reader outside b, and receives it where the maker is in a and
-a reader in b - a. Since a lies in b:
+Let a < b be down-sets, p_a = 1 where a tensor's maker is in a, r_a the number of its readers in a, R the number of all.
+The stage b - a sends the tensor where its maker is in b - a and a reader outside b, and receives it where the maker is
+in a and a reader in b - a. Since a lies in b:
 
     sent     = sum over t of c_t (p_b [r_b < R] - p_a [r_b < R])
     received = sum over t of c_t (p_a - sum over v of (p_a [r_a = v]) [r_b = v])
 
-Each term is a product of something of a and something of b, so all pairs are a few matrix products; tensors that do not vary
-over one of the pools are a vector.
+Each term is a product of something of a and something of b, so all pairs are a few matrix products; tensors that do not
+vary over one of the pools are a vector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """For each down-set of a pool and each of some tensors: whether its maker, and how many of its readers, are inside."""
+    """For each down-set of a pool and each of some tensors: whether its maker, and how many of its readers, are
+    inside."""
 
     made: NDArray[np.float32]
     read: NDArray[np.float32]
@@ -97,7 +98,8 @@ class Pairs:
         )
 
     def _by_vectors(self, direct: Direct, cost: FloatArray) -> tuple[FloatArray, IntArray, FloatArray]:
-        """The part of the tensors that do not vary over both pools: a number, a row and a column; and the tensors left over."""
+        """The part of the tensors that do not vary over both pools: a number, a row and a column; and the tensors left
+        over."""
         c = cost[self.tensors]
         over_b, over_a = ~self.vary_a, self.vary_a & ~self.vary_b
         still = direct(self.still_a, self.still_b, self.full_still, cost[self.still])
@@ -107,7 +109,8 @@ class Pairs:
         return np.asarray(still + row[None, :] + column[:, None], np.float64), left, c[left]
 
     def added_us(self, memory: MemoryModel, stage: int, num_stages: int, wanted: NDArray[np.bool_]) -> FloatArray:
-        """Time of recompute of each wanted pair as stage k of K; infinite where it does not fit, 0 where it is not wanted."""
+        """Time of recompute of each wanted pair as stage k of K; infinite where it does not fit, 0 where it is not
+        wanted."""
         graph = self.graph
         static = memory.static_bytes(graph)
         every = np.arange(len(static))
@@ -191,7 +194,8 @@ def _base_counts(graph: CostGraph, pool: Pool, tensors: IntArray) -> Counts:
 
 
 def _read(readers: Readers, pool: Pool, things: IntArray) -> NDArray[np.float32]:
-    """(N, things) how many readers are inside: those of the base, and those of the universe by a product with the incidence."""
+    """(N, things) how many readers are inside: those of the base, and those of the universe by a product with the
+    incidence."""
     size = int(readers.owner.max(initial=-1)) + 1
     base = np.bincount(readers.owner, weights=pool.base[readers.node], minlength=size)[things]
     column = np.full(size, -1, np.int64)

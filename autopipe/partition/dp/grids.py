@@ -25,10 +25,12 @@ def live_bytes(graph: CostGraph, order: IntArray) -> FloatArray:
 def grid(
     graph: CostGraph, order: IntArray, size: int, *, around: IntArray | None = None, band_us: float = 0.0
 ) -> IntArray:
-    """About `size` positions, 0 and n among them: in each of as many equal spans of work, the one with the least traffic.
+    """About `size` positions, 0 and n among them: in each of as many equal spans of work, the one with the least
+    traffic.
 
     Args:
-        around: positions of cuts that stay in the grid; with a band, only what lies within this much work of one of them.
+        around: positions of cuts that stay in the grid; with a band, only what lies within this much work of one of
+            them.
     """
     n = graph.num_nodes
     if n < size:

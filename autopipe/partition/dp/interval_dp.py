@@ -1,6 +1,7 @@
 """The interval dynamic program: the best split of one topological order into exactly K stages.
 
-With t_k(i, j) the load of the interval [i, j) as stage k, compute and exposed transfers, infinite where it does not fit:
+With t_k(i, j) the load of the interval [i, j) as stage k, compute and exposed transfers, infinite where it does not
+fit:
 
     F_k[j] = min over i < j of max(F_(k-1)[i], t_k(i, j))        the least possible largest load
     G_k[j] = min over i < j with t_k(i, j) <= F_K[n] of G_(k-1)[i] + c(i, j)      then the least traffic at that load
@@ -42,7 +43,8 @@ class StageBlock:
 
 
 def best_split(costs: IntervalCosts, num_stages: int, upper_us: float, effort: Effort) -> Split | None:
-    """The split with the least largest load, among these one with the least traffic; None where none is below `upper_us`."""
+    """The split with the least largest load, among these one with the least traffic; None where none is below
+    `upper_us`."""
     blocks = stage_blocks(costs, num_stages, upper_us, effort)
     if blocks is None:
         return None
@@ -79,7 +81,8 @@ def trace_back(blocks: list[StageBlock], arrows: list[IntArray]) -> tuple[int, .
 
 
 def stage_blocks(costs: IntervalCosts, num_stages: int, upper_us: float, effort: Effort) -> list[StageBlock] | None:
-    """For each stage, the intervals that a split whose loads are at most `upper_us` can use; None where there is none."""
+    """For each stage, the intervals that a split whose loads are at most `upper_us` can use; None where there is
+    none."""
     work, last, K = costs.work, costs.num_positions - 1, num_stages
     slack = upper_us * (1 + TOLERANCE) + TOLERANCE * float(work[-1])
     most = slack * costs.graph.speed(K)  # work that a stage can do within the bound

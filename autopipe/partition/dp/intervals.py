@@ -1,10 +1,10 @@
 """The cost of every interval of a topological order, a block of intervals at a time.
 
-The interval [i, j) of an order is a possible stage. What crosses its borders is a sum of rectangles in the (i, j) plane:
-with p the position of a tensor's maker and x_1 < x_2 < … those of its readers, the tensor leaves the interval where
-i <= p < j <= x_last, and enters it through x_m where x_(m-1) < i <= x_m < j (x_0 = p). A parameter is held, once however
-many read it, where x_(m-1) < i <= x_m < j (x_0 = -1). So a block of intervals is a two-dimensional difference array
-summed twice: O(rectangles + block) for any block, and never the whole n x n plane.
+The interval [i, j) of an order is a possible stage. What crosses its borders is a sum of rectangles in the (i, j)
+plane: with p the position of a tensor's maker and x_1 < x_2 < … those of its readers, the tensor leaves the interval
+where i <= p < j <= x_last, and enters it through x_m where x_(m-1) < i <= x_m < j (x_0 = p). A parameter is held, once
+however many read it, where x_(m-1) < i <= x_m < j (x_0 = -1). So a block of intervals is a two-dimensional difference
+array summed twice: O(rectangles + block) for any block, and never the whole n x n plane.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Rectangles:
         return Rectangles(first_row=a, last_row=b, first_col=c, last_col=d, weights=self.weights[:, keep])
 
     def block(self, rows: tuple[int, int], cols: tuple[int, int], kinds: tuple[int, ...]) -> FloatArray:
-        """Sum of the rectangles over rows[0] <= i <= rows[1] and cols[0] <= j <= cols[1], the kinds of weight added up."""
+        """Sum of the rectangles over rows[0] <= i <= rows[1] and cols[0] <= j <= cols[1], the kinds of weight added
+        up."""
         height, width = rows[1] - rows[0] + 2, cols[1] - cols[0] + 2
         top, bottom = np.maximum(self.first_row, rows[0]), np.minimum(self.last_row, rows[1])
         left, right = np.maximum(self.first_col, cols[0]), np.minimum(self.last_col, cols[1])
@@ -164,7 +165,8 @@ class IntervalCosts:
         return np.asarray(total, np.float64)
 
     def load_us(self, rows: tuple[int, int], cols: tuple[int, int], speed: float = 1.0) -> FloatArray:
-        """Compute, at this speed, and exposed transfers of a block of intervals; infinite where the interval is empty."""
+        """Compute, at this speed, and exposed transfers of a block of intervals; infinite where the interval is
+        empty."""
         work: FloatArray = self.work[None, cols[0] : cols[1] + 1] - self.work[rows[0] : rows[1] + 1, None]
         load = work / speed + self.exposed_us(rows, cols, (FORWARD, BACKWARD))
         empty = np.arange(rows[0], rows[1] + 1)[:, None] >= np.arange(cols[0], cols[1] + 1)[None, :]
@@ -176,7 +178,8 @@ class IntervalCosts:
         return self._in.block(rows, cols, (TRAFFIC,))
 
     def stage_load_us(self, rows: tuple[int, int], cols: tuple[int, int], stage: int, num_stages: int) -> FloatArray:
-        """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit or may not be."""
+        """The load of a block of intervals as stage k of K, recompute included; infinite where it does not fit or may
+        not be."""
         speed = float(self.graph.speed(num_stages)[stage])
         load = self.load_us(rows, cols, speed)
         if self._all_held is not None:

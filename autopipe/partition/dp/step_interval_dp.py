@@ -1,13 +1,13 @@
 """The interval DP for the time of a step: the critical-path bound H of 1F1B in place of the largest load.
 
-For stage q of K with M micro-batches, f, b its forward and backward time, t = f + b, S the round trip before it, R that after
-it, links included, w = K - q (autopipe/simulate/bound.py):
+For stage q of K with M micro-batches, f, b its forward and backward time, t = f + b, S the round trip before it, R that
+after it, links included, w = K - q (autopipe/simulate/bound.py):
 
     H_q = S + max{ M t,  f + R + M b,  M f + R + b,  [M > w] (M - w + 1) t + 2 R }
     F_k[j] = min over i < j of max(F_(k-1)[i], H_k(i, j))
 
-S is carried along the best split of each prefix, and R is what then remains of a total that the caller estimates, so the DP
-is near-exact, not exact: the simulator has the last word.
+S is carried along the best split of each prefix, and R is what then remains of a total that the caller estimates, so
+the DP is near-exact, not exact: the simulator has the last word.
 """
 
 from __future__ import annotations

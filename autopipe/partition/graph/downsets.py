@@ -1,10 +1,11 @@
-"""Down-sets of a graph: the sets of nodes that contain all their predecessors, each a possible border between two stages.
+"""Down-sets of a graph: the sets of nodes that contain all their predecessors, each a possible border between two
+stages.
 
-A split into K stages is a chain of down-sets D_0 = {} < D_1 < … < D_K = all. If no stage may be busy for longer than U, then
-the work of D_k lies between W - (K - k) U and k U. The down-sets of such a window are found by adding and removing one node
-at a time, those with the least traffic first. Any two of them are joined by such moves between the window widened by the
-largest node: from D towards E, add a minimal node of E - D while the work is not above the window, else remove a maximal
-node of D - E. So where the search runs dry before its limit, it has found them all.
+A split into K stages is a chain of down-sets D_0 = {} < D_1 < … < D_K = all. If no stage may be busy for longer than U,
+then the work of D_k lies between W - (K - k) U and k U. The down-sets of such a window are found by adding and removing
+one node at a time, those with the least traffic first. Any two of them are joined by such moves between the window
+widened by the largest node: from D towards E, add a minimal node of E - D while the work is not above the window, else
+remove a maximal node of D - E. So where the search runs dry before its limit, it has found them all.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def _ancestors(graph: CostGraph) -> NDArray[np.float32]:
 
 
 class _Walk:
-    """Best-first search over the down-sets between `base` and `base` with the universe; sets are bit masks of the universe."""
+    """Best-first search over the down-sets between `base` and `base` with the universe; sets are bit masks of the
+    universe."""
 
     def __init__(self, lattice: Lattice, base: BoolArray, universe: IntArray) -> None:
         graph = lattice.graph

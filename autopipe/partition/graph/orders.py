@@ -58,7 +58,8 @@ def by_priority(ahead: Neighbours, back: Neighbours, key: Sequence[float]) -> li
 def depth_first(
     ahead: Neighbours, back: Neighbours, *, last_first: bool = False, random: Random | None = None
 ) -> list[int]:
-    """A branch is finished before the next is begun; the order of branches is that of the program, its reverse, or random."""
+    """A branch is finished before the next is begun; the order of branches is that of the program, its reverse, or
+    random."""
     waiting = [len(nodes) for nodes in back]
 
     def pushed(nodes: list[int]) -> list[int]:
@@ -123,7 +124,8 @@ def relinearise(graph: CostGraph, stage_of: IntArray, random: Random, flavour: i
     """A random order in which the given stages are still intervals, so that the DP over it is at least as good.
 
     Args:
-        flavour: 0 shuffles each stage, 1 jitters the program order, 2 and 3 go depth first from the inputs or the outputs.
+        flavour: 0 shuffles each stage, 1 jitters the program order, 2 and 3 go depth first from the inputs or the
+            outputs.
     """
     ahead, back, stages = graph.successors, graph.predecessors, stage_of.tolist()
     flavour %= 4

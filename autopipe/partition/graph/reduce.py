@@ -3,11 +3,12 @@
 With w the work of a node v and c(v) the bytes of its output, and of its gradient, v may join
 
     its only neighbour                   where w = 0: one transfer less, and the order of stages still holds;
-    its only predecessor u               where w = 0, u is read by v alone and c(v) <= c(u): what crosses is c(v) for c(u);
-    its only reader x                    where w = 0, v has one predecessor u and c(u) <= c(v): what crosses is c(u) for c(v).
+    its only predecessor u               where w = 0, u is read by v alone and c(v) <= c(u): what crosses is c(v) for
+    c(u); its only reader x                    where w = 0, v has one predecessor u and c(u) <= c(v): what crosses is
+    c(u) for c(v).
 
-No largest load gets worse by such a move, so the least largest load of the merged graph, empty stages allowed, is a lower
-bound for the graph itself. A move can need more memory; under a limit only nodes that hold nothing are merged.
+No largest load gets worse by such a move, so the least largest load of the merged graph, empty stages allowed, is a
+lower bound for the graph itself. A move can need more memory; under a limit only nodes that hold nothing are merged.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class _Merge:
     def _join(self, v: int, target: int) -> list[int]:
         """Merges v into a neighbour and names the nodes whose neighbours have changed.
 
-        v has one neighbour, or one predecessor: no path leads from v to its reader or from its predecessor to v but the edge
-        itself, or v's only reader joins it; so no cycle can arise.
+        v has one neighbour, or one predecessor: no path leads from v to its reader or from its predecessor to v but the
+        edge itself, or v's only reader joins it; so no cycle can arise.
         """
         before, after = self.before[v] - {target}, self.after[v] - {target}
         for u in self.before[v]:

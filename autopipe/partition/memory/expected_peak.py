@@ -1,7 +1,8 @@
 """The most memory that a stage holds: its list of actions is gone through.
 
-The planner's search charges every stage `StageMemory.peak_bytes`, a sum of parts, each at its largest. Here they are put together as
-they meet: which receives are posted and which gradients are on their way at each action, and what each compute holds (`hold.py`).
+The planner's search charges every stage `StageMemory.peak_bytes`, a sum of parts, each at its largest. Here they are
+put together as they meet: which receives are posted and which gradients are on their way at each action, and what each
+compute holds (`hold.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def expected_peak_bytes(
     costs: StageCosts,
     stage_of: IntArray,
 ) -> FloatArray:
-    """(K) the most that each stage holds during a step, under an assignment `stage_of` (n) of the graph's nodes to stages.
+    """(K) the most that each stage holds during a step, under an assignment `stage_of` (n) of the graph's nodes to
+    stages.
 
     A stage that computes again is charged as in the search.
 
@@ -84,7 +86,8 @@ def edge_bytes(graph: CostGraph, stage_of: IntArray, num_stages: int) -> tuple[F
 
 
 def _walked(actions: tuple[Action, ...], hold: StageLiveBytes, stage: int, messages: Messages) -> float:
-    """The peak over a rank's actions, beside what is static. The engine waits for a sent gradient when two more have been sent."""
+    """The peak over a rank's actions, beside what is static. The engine waits for a sent gradient when two more have
+    been sent."""
     posted: dict[tuple[str, int], float] = {}
     back_here, back_sent = float(messages.back[stage].sum()), float(messages.back[:, stage].sum())
     num_held, num_backwards, sent, peak = 0, 0, 0.0, 0.0
@@ -109,8 +112,8 @@ def _walked(actions: tuple[Action, ...], hold: StageLiveBytes, stage: int, messa
 
 
 def _optimizer_bytes(profile: Profile, graph: CostGraph, memory: MemoryModel, mine: NDArray[np.bool_]) -> float:
-    """What the optimizer makes and drops in its step: torch's Adam on a CPU two tensors like one parameter, elsewhere, where it
-    goes through all parameters at once, one like each."""
+    """What the optimizer makes and drops in its step: torch's Adam on a CPU two tensors like one parameter, elsewhere,
+    where it goes through all parameters at once, one like each."""
     if memory.states < OPTIMIZER_STATES["adam"]:
         return 0.0
     here = np.unique(graph.param_readers.owner[mine[graph.param_readers.node]])

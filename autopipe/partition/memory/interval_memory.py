@@ -1,6 +1,7 @@
 """The memory of the intervals of an order, and the option of recompute under which each fits into a stage.
 
-The first option whose peak (`MemoryModel.peak_bytes`) is within the limit is taken: options stand in the order of their time.
+The first option whose peak (`MemoryModel.peak_bytes`) is within the limit is taken: options stand in the order of their
+time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class IntervalMemory:
     def added_us(
         self, rows: Block, cols: Block, stage: int, num_stages: int, held: Bytes, wanted: NDArray[np.bool_]
     ) -> FloatArray:
-        """Time of recompute of each wanted interval as stage k of K; infinite where it does not fit, 0 where it is not wanted."""
+        """Time of recompute of each wanted interval as stage k of K; infinite where it does not fit, 0 where it is not
+        wanted."""
         added = np.where(wanted, np.inf, 0.0)
         row, col = np.nonzero(wanted)
         for option in self._options:
@@ -72,7 +74,8 @@ class _Option:
         self._table: FloatArray | None = None
 
     def largest_workspace(self, i: IntArray, j: IntArray) -> FloatArray:
-        """Of each interval, 0 where it is empty: two overlapping runs of spans whose length is a power of two cover it."""
+        """Of each interval, 0 where it is empty: two overlapping runs of spans whose length is a power of two cover
+        it."""
         if self._table is None:
             self._table = _powers_of_two(self._spans)
         level = np.frexp(np.maximum(j - i, 1).astype(float))[1] - 1

@@ -1,8 +1,9 @@
 """What a stage holds between and within its computes: its nodes are gone through in the order of their backwards.
 
-While the backward of a node runs, there are the storages that it or a node before it keeps, its workspace, the gradients of values
-that a later node has read and an earlier one has made, and in the first backward of a step, the gradients of parameters that
-later nodes have made. What comes into the stage and what leaves it is there throughout, since the engine holds both.
+While the backward of a node runs, there are the storages that it or a node before it keeps, its workspace, the
+gradients of values that a later node has read and an earlier one has made, and in the first backward of a step, the
+gradients of parameters that later nodes have made. What comes into the stage and what leaves it is there throughout,
+since the engine holds both.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: in
 def _gradients(values: Values, mine: NDArray[np.bool_], place: IntArray, leaving: IntArray) -> FloatArray:
     """(nodes of the stage) bytes of gradients of values that are there during the backward of each node, its own apart.
 
-    A gradient is there between the nodes that read its value and the one that made it. One that has come as a message is counted
-    with the messages: it is not counted again where its node's workspace does, nor where nodes hand it on as it is. Where a node hands
-    one on to several values (a sum), it is counted for the first of them, which keeps it longest.
+    A gradient is there between the nodes that read its value and the one that made it. One that has come as a message
+    is counted with the messages: it is not counted again where its node's workspace does, nor where nodes hand it on as
+    it is. Where a node hands one on to several values (a sum), it is counted for the first of them, which keeps it
+    longest.
     """
     readers: dict[int, list[int]] = {u: [] for u in {*np.flatnonzero(mine).tolist(), *values.source.tolist()}}
     for u, v in zip(values.source.tolist(), values.target.tolist(), strict=True):

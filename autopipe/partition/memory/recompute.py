@@ -1,13 +1,14 @@
 """What a stage may compute again in the backward: a profile goes in, classes of nodes come out, the cheapest first.
 
-A class holds all nodes whose forward takes at most so much time for each byte. Consecutive nodes of a class are a region, run
-under `torch.utils.checkpoint`. The node after a region joins it where all that it keeps for its backward is its inputs (a
-matrix product, a convolution): the repeated run ends when the last kept tensor is there, before that node computes.
+A class holds all nodes whose forward takes at most so much time for each byte. Consecutive nodes of a class are a
+region, run under `torch.utils.checkpoint`. The node after a region joins it where all that it keeps for its backward is
+its inputs (a matrix product, a convolution): the repeated run ends when the last kept tensor is there, before that node
+computes.
 
-Memory that a node c makes is still held from forward to backward where a node outside of all regions keeps it, or where a
-region other than its own reads it: a checkpoint keeps its arguments. All else of a region is dropped, and made again as a
-whole just before the region's backward. Long regions are cut where little is alive (Chen et al., Training Deep Nets with
-Sublinear Memory Cost, 2016).
+Memory that a node c makes is still held from forward to backward where a node outside of all regions keeps it, or where
+a region other than its own reads it: a checkpoint keeps its arguments. All else of a region is dropped, and made again
+as a whole just before the region's backward. Long regions are cut where little is alive (Chen et al., Training Deep
+Nets with Sublinear Memory Cost, 2016).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SHARES = 8
 REGION_SHARES = (1 / 4, 1 / 16, 1 / 64)
 """The most that a region may make again at once, as shares of all saved bytes."""
 PARTS, SLICES = tuple(i / 16 for i in range(1, 16)), 64
-"""Between two classes: the shares of the graph that take the dearer one, and the slices, of equal bytes, that are dealt out."""
+"""Between two classes: the shares of the graph that take the dearer one, and the slices, of equal bytes, that are dealt
+out."""
 NEGLIGIBLE = 2e-5
 """The share of the forward below which a node belongs to every class: views, and operators on a few numbers."""
 REGION_US = 60.0
@@ -119,7 +121,8 @@ class _Memory(Storages):
         self.alive = np.where(spans.cumsum() > 0, np.inf, change.cumsum())[: n + 1]
 
     def choices(self) -> Iterator[IntArray]:
-        """Regions of the classes, and mixtures of those that save most for their time: the dearer one in some slices."""
+        """Regions of the classes, and mixtures of those that save most for their time: the dearer one in some
+        slices."""
         for share in REGION_SHARES:
             most = share * float(self.saved.sum())
             found = [np.full(len(self.saved), -1, np.int64)]
@@ -156,7 +159,8 @@ class _Memory(Storages):
         return [*sorted({float(r) for r in self.ratio[order[at]]}), np.inf]
 
     def regions(self, ratio: float, most_bytes: float) -> IntArray:
-        """(N) the region of each node, or -1, with the nodes up to this ratio; a region makes at most so many bytes again."""
+        """(N) the region of each node, or -1, with the nodes up to this ratio; a region makes at most so many bytes
+        again."""
         again = self.repeatable & (self.ratio <= ratio)
         while True:
             region = self._runs(again, most_bytes)

@@ -1,13 +1,13 @@
 """Simulated annealing of a split: single nodes move to the next stage or the one before, now and then for the worse.
 
-Interval DPs (chain.py) see one order at a time, and windows of down-sets (lattice.py) only what lies near. On wide graphs a
-border with less traffic can be many moves away, each of which is worse than the one before; annealing (Kirkpatrick, Gelatt
-and Vecchi, Science 1983) gets there. What is annealed is
+Interval DPs (chain.py) see one order at a time, and windows of down-sets (lattice.py) only what lies near. On wide
+graphs a border with less traffic can be many moves away, each of which is worse than the one before; annealing
+(Kirkpatrick, Gelatt and Vecchi, Science 1983) gets there. What is annealed is
 
     E = peak + a · mean of the loads,        peak = the largest load, or the estimate H / M of a step
 
-The mean falls with the traffic, so while a is large the borders move to where little crosses, and as it shrinks they settle.
-A proposal costs a few microseconds: a move changes the loads of two stages only.
+The mean falls with the traffic, so while a is large the borders move to where little crosses, and as it shrinks they
+settle. A proposal costs a few microseconds: a move changes the loads of two stages only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ COOLED_EVERY = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cooling:
-    """How long and from where to where: temperatures as shares of the mean work of a stage, and a, at the start and at the end.
+    """How long and from where to where: temperatures as shares of the mean work of a stage, and a, at the start and at
+    the end.
 
     `proposal_s` and `stage_s`: seconds that a proposal takes by itself, and for each stage that the peak is taken over.
     """
@@ -64,7 +65,8 @@ def can_anneal(problem: Problem) -> bool:
 def annealed(
     problem: Problem, start: IntArray, cooling: Cooling, peak: Peak, random: Random, effort: Effort
 ) -> Solution:
-    """The split with the least peak that one cooling passes through, from an assignment; `peak` is of the loads of the stages."""
+    """The split with the least peak that one cooling passes through, from an assignment; `peak` is of the loads of the
+    stages."""
     graph, K = problem.graph, problem.num_stages
     each_s = cooling.proposal_s + cooling.stage_s * K
     proposals = int(min(cooling.proposals_a_node * graph.num_nodes, max(effort.left_s, 0.0) / each_s))
@@ -218,7 +220,8 @@ class Walk:
         self._offer(v)
 
     def _offer(self, v: int) -> None:
-        """Adds or takes back the moves of a node: up with no reader on its stage, down with nothing that it reads there."""
+        """Adds or takes back the moves of a node: up with no reader on its stage, down with nothing that it reads
+        there."""
         stage = self.stage[v]
         for step, free in ((1, not self.ahead[v] and stage < self.K - 1), (-1, not self.behind[v] and stage > 0)):
             move = (v, step)

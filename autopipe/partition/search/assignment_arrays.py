@@ -1,6 +1,8 @@
-"""What many assignments of a small graph cost, and how long their steps take: arrays over assignments, nothing one by one.
+"""What many assignments of a small graph cost, and how long their steps take: arrays over assignments, nothing one by
+one.
 
-The figures are those of `stage_costs`, `stage_memory` and the simulator, to which one assignment after another is given elsewhere.
+The figures are those of `stage_costs`, `stage_memory` and the simulator, to which one assignment after another is given
+elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Stages = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssignmentCosts:
-    """What A assignments cost: (K, A) busy times of the stages, and for each pair of stages (A) how long its messages hold the link.
+    """What A assignments cost: (K, A) busy times of the stages, and for each pair of stages (A) how long its messages
+    hold the link.
 
     `sent` and `returned` say whether anything goes from a stage to another, and whether a gradient comes back.
     """
@@ -144,7 +147,8 @@ def bounds_us(costs: AssignmentCosts, M: int) -> FloatArray:
 
 
 def _round_trip_us(costs: AssignmentCosts, q: int) -> FloatArray:
-    """(A) the longest time from the end of a forward on stage q, through later stages, to the start of its backward there."""
+    """(A) the longest time from the end of a forward on stage q, through later stages, to the start of its backward
+    there."""
     f, b = costs.forward_us, costs.backward_us
     there = {q: np.zeros(f.shape[1])}
     back = {q: np.zeros(f.shape[1])}
@@ -162,7 +166,8 @@ def _round_trip_us(costs: AssignmentCosts, q: int) -> FloatArray:
 
 
 def steps_us(costs: AssignmentCosts, memory: MemoryModel, effort: Effort) -> FloatArray:
-    """(A) the simulated steps: the events of a schedule with a message between every two stages, those that are not sent left out."""
+    """(A) the simulated steps: the events of a schedule with a message between every two stages, those that are not
+    sent left out."""
     K, used = len(costs.forward_us), [pair for pair, there in costs.sent.items() if there.any()]
     edges = [Edge(s, t, bool(costs.returned[s, t].any())) for s, t in sorted(used)]
     program = unroll(KINDS[memory.schedule].orders(K, memory.num_microbatches, K), edges, forward_only=False)

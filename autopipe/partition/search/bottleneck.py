@@ -1,9 +1,9 @@
 """The search for the least largest load over several orders of the graph.
 
-One interval DP (chain.py) is exact for its order. The search takes the standard orders, then keeps re-linearising: an order
-in which the stages found are still intervals, shuffled inside them, holds the split found and about n^K others, so the next
-DP is at least as good. Kicks and further starts leave local optima. Large graphs are cut on a grid:
-coarse over the whole order, then fine around the cuts.
+One interval DP (chain.py) is exact for its order. The search takes the standard orders, then keeps re-linearising: an
+order in which the stages found are still intervals, shuffled inside them, holds the split found and about n^K others,
+so the next DP is at least as good. Kicks and further starts leave local optima. Large graphs are cut on a grid: coarse
+over the whole order, then fine around the cuts.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def search(
 ) -> Solution:
     """The best of several descents, at most `rounds`; the first start is the best known.
 
-    Each descent is kicked out of its local optimum by the noising method (Charon and Hudry, 1993): a few steps under costs
-    that are off by a random factor, then descent under the true ones, until `KICKS` kicks in a row bring nothing.
+    Each descent is kicked out of its local optimum by the noising method (Charon and Hudry, 1993): a few steps under
+    costs that are off by a random factor, then descent under the true ones, until `KICKS` kicks in a row bring nothing.
     """
     best: Solution | None = None
     for start in islice(starts, rounds):
@@ -125,7 +125,8 @@ def search(
 
 
 def random_starts(problem: Problem, upper_us: float, random: Random, effort: Effort) -> Iterator[Solution]:
-    """The best splits of random depth-first orders, of those whose largest load is at most `upper_us`; ends with the effort."""
+    """The best splits of random depth-first orders, of those whose largest load is at most `upper_us`; ends with the
+    effort."""
     ahead, back, turn = problem.graph.successors, problem.graph.predecessors, 0
     while not effort.spent:
         order = depth_first(ahead, back, random=random) if turn % 2 else depth_first(back, ahead, random=random)[::-1]

@@ -1,8 +1,10 @@
-"""All splits of a small graph that can beat the best one known, played at once: the shortest step there is, and its proof.
+"""All splits of a small graph that can beat the best one known, played at once: the shortest step there is, and its
+proof.
 
-Assignments grow node by node, in topological order: a node is on the stage of its latest predecessor or on a later one. Those
-that cannot win are dropped, first where M times the work of a stage is too long already, then by the critical-path bound H of
-1F1B (steps_dp.py). What is left is simulated (batch.py). Where the assignments become too many nothing is said.
+Assignments grow node by node, in topological order: a node is on the stage of its latest predecessor or on a later one.
+Those that cannot win are dropped, first where M times the work of a stage is too long already, then by the
+critical-path bound H of 1F1B (steps_dp.py). What is left is simulated (batch.py). Where the assignments become too many
+nothing is said.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def shortest_of_all(problem: Problem, upper_us: float, effort: Effort) -> tuple[
 
 
 def _assignments(problem: Problem, upper_us: float, effort: Effort) -> Stages | None:
-    """(A, n) every monotone assignment without empty stages whose work may be done within the step; None where they are too many."""
+    """(A, n) every monotone assignment without empty stages whose work may be done within the step; None where they are
+    too many."""
     graph, K, most = problem.graph, problem.num_stages, upper_us / problem.memory.num_microbatches * (1 + 1e-9)
     found, work = np.zeros((1, graph.num_nodes), np.int8), np.zeros((1, K))
     for v, before in enumerate(graph.predecessors):

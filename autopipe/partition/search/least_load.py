@@ -144,7 +144,8 @@ def _any_that_fits(problem: Problem, random: Random, effort: Effort) -> Solution
 
 
 def _any_that_obeys(problem: Problem, effort: Effort) -> Solution:
-    """Raises for a problem of which no standard order holds a solution: the rules alone are at fault, or memory is too."""
+    """Raises for a problem of which no standard order holds a solution: the rules alone are at fault, or memory is
+    too."""
     if problem.memory.constrains(problem.graph):
         memory = dataclasses.replace(problem.memory, limit_bytes=np.inf, limits=())
         without = first_splits(dataclasses.replace(problem, memory=memory), effort)

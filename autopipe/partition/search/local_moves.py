@@ -1,7 +1,8 @@
-"""Local search on the simulated step: a node moves to any stage that its neighbours allow, or takes along what must go with it.
+"""Local search on the simulated step: a node moves to any stage that its neighbours allow, or takes along what must go
+with it.
 
-Intervals of one order cannot make these moves one at a time. A node goes down a stage together with its predecessors on its
-own stage, up together with its successors there, so every assignment tried is monotone.
+Intervals of one order cannot make these moves one at a time. A node goes down a stage together with its predecessors on
+its own stage, up together with its successors there, so every assignment tried is monotone.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _along(v: int, stages: list[int], neighbours: tuple[tuple[int, ...], ...]) -
 
 
 def _applied(stage_of: IntArray, move: Move, num_stages: int) -> IntArray | None:
-    """The assignment after a move; None where a stage would be left empty, or there is no such stage: others moved before."""
+    """The assignment after a move; None where a stage would be left empty, or there is no such stage: others moved
+    before."""
     group, step = move
     moved = stage_of.copy()
     moved[list(group)] += step
@@ -82,7 +84,8 @@ def _applied(stage_of: IntArray, move: Move, num_stages: int) -> IntArray | None
 
 
 def _monotone(graph: CostGraph, stage_of: IntArray, group: tuple[int, ...]) -> bool:
-    """Whether no moved node is before what it reads or after what reads it; others may have moved since the list was made."""
+    """Whether no moved node is before what it reads or after what reads it; others may have moved since the list was
+    made."""
     return all(
         all(stage_of[u] <= stage_of[v] for u in graph.predecessors[v])
         and all(stage_of[v] <= stage_of[x] for x in graph.successors[v])

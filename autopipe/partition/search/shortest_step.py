@@ -1,8 +1,9 @@
 """The search for the shortest step: splits from several DPs, moved by descent, ranked by the simulator.
 
-The least largest load is not the shortest step where micro-batches are few: the first and last stages then count more than
-those between. So the splits with the least load are only starts. From each come splits with less traffic at a slightly larger
-load (Alpa's sweep over t_max, OSDI 2022), and the split with the least critical path H of the same order (steps_dp.py).
+The least largest load is not the shortest step where micro-batches are few: the first and last stages then count more
+than those between. So the splits with the least load are only starts. From each come splits with less traffic at a
+slightly larger load (Alpa's sweep over t_max, OSDI 2022), and the split with the least critical path H of the same
+order (steps_dp.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LARGE, LARGE_GRID = 1200, 400
 STARTS_MOVED, STALL = 8, 24
 """Splits from which descent starts, and orders in a row without a shorter step after which the search ends."""
 TINY, STALL_TINY, ANYWHERE = 32, 80, 20
-"""Nodes up to which random starts are worth their time, the orders in a row then, and how many are drawn for one that fits."""
+"""Nodes up to which random starts are worth their time, the orders in a row then, and how many are drawn for one that
+fits."""
 ACTION_S, ASSIGNMENT_S, NODE_S = 1e-6, 4e-4, 4e-7
 """Seconds that the simulator takes for an action, and that costing an assignment takes, and for each node of it."""
 
@@ -176,7 +178,8 @@ def _with_less_traffic(problem: Problem, costs: IntervalCosts, start: Solution, 
 def _with_shorter_path(
     problem: Problem, clock: StepTimeCache, costs: IntervalCosts, start: Solution, effort: Effort
 ) -> list[Solution]:
-    """Splits with the least H, the estimate of the round trip taken from the split before, while the step gets shorter."""
+    """Splits with the least H, the estimate of the round trip taken from the split before, while the step gets
+    shorter."""
     K, M = problem.num_stages, problem.memory.num_microbatches
     found: list[Solution] = []
     stage_of, step = start.stage_of, clock.step_us(start.stage_of)

@@ -1,4 +1,5 @@
-"""A plan goes in; one self-contained HTML page comes out: nothing is loaded, and it works from a file, in print, light and dark."""
+"""A plan goes in; one self-contained HTML page comes out: nothing is loaded, and it works from a file, in print, light
+and dark."""
 
 from __future__ import annotations
 
@@ -93,7 +94,10 @@ def _section(title: str, body: str) -> str:
 
 def _timeline(name: str) -> str:
     return (
-        '<p class="legend">Time runs to the right, a row for each rank. A full colour is a forward, a pale one a backward, '
-        "of the stage that has this colour; the number is the micro-batch. The thin row below has what the rank sends.</p>\n"
-        f'<div class="timeline" data-timeline="{name}"><noscript>The timeline is drawn by a script in this file.</noscript></div>'
+        '<p class="legend">Time runs to the right, a row for each rank. A full colour is a forward, a pale one a '
+        "backward, "
+        "of the stage that has this colour; the number is the micro-batch. The thin row below has what the rank "
+        "sends.</p>\n"
+        f'<div class="timeline" data-timeline="{name}"><noscript>The timeline is drawn by a script in this '
+        "file.</noscript></div>"
     )

@@ -13,9 +13,11 @@ MAX_EVENTS = 12_000
 
 
 def compact(timeline: Timeline) -> dict[str, Any]:
-    """Plain values: `e` is a flat list, seven whole numbers an event: rank, kind, stage, peer + 1, micro-batch, start, length.
+    """Plain values: `e` is a flat list, seven whole numbers an event: rank, kind, stage, peer + 1, micro-batch, start,
+    length.
 
-    Times are in `unit_us`. Where there are too many events, transfers are left out, then everything after the first of them.
+    Times are in `unit_us`. Where there are too many events, transfers are left out, then everything after the first of
+    them.
     """
     events = [e for e in timeline.events if e.kind in NAMES]
     note = ""

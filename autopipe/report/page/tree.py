@@ -1,4 +1,5 @@
-"""A plan, and its profile where there is one, go in; the module tree comes out, every module in the colours of its stages."""
+"""A plan, and its profile where there is one, go in; the module tree comes out, every module in the colours of its
+stages."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ MAX_ROWS = 400
 
 @dataclass(slots=True)
 class Module:
-    """A module by its full name with what lies in it: compute time and parameters of each stage; submodules in the order in which they first appear."""
+    """A module by its full name with what lies in it: compute time and parameters of each stage; submodules in the
+    order in which they first appear."""
 
     name: str
     us: dict[int, float] = field(default_factory=lambda: defaultdict(float))
