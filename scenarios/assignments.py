@@ -129,11 +129,11 @@ def steps_us(profile: Profile, stages: Stages, K: int, M: int, link: LinkProfile
     for kind, k, m in played(K, M):
         ways = [((s, k), s) for s in range(k)] if kind == "F" else [((k, t), t) for t in range(k + 1, K)]
         for pair, other in ways:
-            there, cost = (going.sent, going.there) if kind == "F" else (going.returned, going.back)
+            there, taken = (going.sent, going.there) if kind == "F" else (going.returned, going.back)
             start = np.maximum(ended[kind, other, m], free.get((kind, other, k), 0.0))
             if m >= POSTED:
                 start = np.maximum(start, ended[kind, k, m - POSTED])
-            free[kind, other, k] = start + link.overlap * cost[pair]
+            free[kind, other, k] = start + link.overlap * taken[pair]
             clock[k] = np.maximum(clock[k], np.where(there[pair], free[kind, other, k], 0.0))
         ended[kind, k, m] = clock[k] = clock[k] + time[kind, k]
     return np.max(clock, axis=0)

@@ -164,7 +164,7 @@ class _Staged:
         objective = _objective(outputs, loss)
         pending: dict[str, Tensor] = {}
         for spec, own in zip(reversed(self.specs), reversed(self.received), strict=True):
-            roots = (
+            roots: list[tuple[Tensor, Tensor | None]] = (
                 [(objective, None)]
                 if objective is not None and spec is self.specs[-1] and objective.requires_grad
                 else []
@@ -177,8 +177,9 @@ class _Staged:
             if roots:
                 torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
             for i in spec.inputs:
-                if i.gradient and own[i.name].grad is not None:
-                    pending[i.name] = pending[i.name] + own[i.name].grad if i.name in pending else own[i.name].grad
+                gradient = own[i.name].grad
+                if i.gradient and gradient is not None:
+                    pending[i.name] = pending[i.name] + gradient if i.name in pending else gradient
 
 
 def observe_stages(
@@ -187,7 +188,7 @@ def observe_stages(
     """What `observe` gives, from the stages of a random cut."""
     stage_of, count = random_cuts(captured, num_stages)
     if captured.loss is not None:
-        last = captured.graph_module.graph.output_node().args[0][captured.loss]
+        last: Any = captured.graph_module.graph.output_node().args[0][captured.loss]
         stage_of[last.name] = max(stage_of.values())
     specs = cut(captured, stage_of, count)
     modules = [stage_module(captured, s) for s in specs]

@@ -127,11 +127,13 @@ def collect(pipes: Sequence[Connection], processes: Sequence[Any], deadline: flo
     """Receive one result from each rank, until a time of `time.monotonic()`."""
     results: dict[int, tuple[str, Any]] = {}
     while len(results) < len(pipes) and time.monotonic() < deadline:
-        open_pipes = [p for i, p in enumerate(pipes) if i not in results]
-        for ready in wait(open_pipes, timeout=max(0.0, deadline - time.monotonic())):
-            rank = pipes.index(ready)  # type: ignore[arg-type]
+        open_pipes = {p: i for i, p in enumerate(pipes) if i not in results}
+        ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
+        for pipe, rank in open_pipes.items():
+            if pipe not in ready:
+                continue
             try:
-                results[rank] = ready.recv()  # type: ignore[union-attr]
+                results[rank] = pipe.recv()
             except (EOFError, ConnectionResetError):
                 processes[rank].join(5)
                 results[rank] = ("died", processes[rank].exitcode)

@@ -224,7 +224,8 @@ def _full_disk() -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data = fail  # type: ignore[method-assign]
+    writer: Any = torch.distributed.checkpoint.filesystem.FileSystemWriter
+    writer.write_data = fail
 
 
 def test_a_failure_beside_training_is_raised_by_the_next_call_on_every_rank(tmp_path: Path) -> None:

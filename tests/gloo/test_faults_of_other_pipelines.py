@@ -79,7 +79,9 @@ def clipping() -> dict[str, Any]:
     engine.train_batch(x, target=target)
     F.mse_loss(plain(x), target).backward()
     norm = float(nn.utils.clip_grad_norm_(plain.parameters(), 0.1))
-    parts = [float(nn.utils.get_total_norm([p.grad for p in plain[i].parameters()])) for i in (0, 2)]
+    parts = [
+        float(nn.utils.get_total_norm([p.grad for p in plain[i].parameters() if p.grad is not None])) for i in (0, 2)
+    ]
     return {"norm": engine.grad_norm / norm, "parts": parts, "gradients": _errors(engine, plain)}
 
 

@@ -92,7 +92,7 @@ def _train(data_parallel: int, zero_stage: int, directory: str | None) -> dict[s
     }
 
 
-def _resume(directory: str, data_parallel: int, zero_stage: int, precision: str) -> tuple[Any, Any, list[float]]:
+def _resume(directory: str, data_parallel: int, zero_stage: int, precision: str) -> Any:
     engine, _, args, target, _ = _engine(data_parallel, zero_stage, precision)
     engine.load_checkpoint(directory)
     state = {n: t.numpy() for n, t in engine.state_dict().items()}

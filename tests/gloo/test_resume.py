@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.gloo.launch import free_port
+from scenarios.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +29,8 @@ def _wide() -> nn.Module:
     return nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
 
 
-def _fixed_costs(devices_per_node: int) -> None:
+@contextlib.contextmanager
+def _fixed_costs(devices_per_node: int) -> Iterator[None]:
     """In the place of what is measured: times of a device that is not here, and the two links, so that the choice is the same each time."""
     import profiler
     from autopipe.engine.setup import auto_plan
@@ -41,18 +45,25 @@ def _fixed_costs(devices_per_node: int) -> None:
         latency_us, bytes_per_us = WITHIN if group is None else BETWEEN
         return LinkProfile(latency_us=latency_us, bytes_per_us=bytes_per_us)
 
-    auto_plan.profiled, profiler.measure_link = estimated, link
-    os.environ["LOCAL_WORLD_SIZE"] = str(devices_per_node)
+    patched = mock.patch.object
+    with (
+        patched(auto_plan, "profiled", estimated),
+        patched(profiler, "measure_link", link),
+        mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(devices_per_node)),
+    ):
+        yield
 
 
 def _train(devices_per_node: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Two steps beside the plain model, whose parameters are then those of the engine."""
-    import autopipe
-    from autopipe.engine.setup import auto_plan
+    """Train under the costs of nodes of so many devices, or with 0 under those that are measured."""
+    with _fixed_costs(devices_per_node) if devices_per_node else contextlib.nullcontext():
+        return _two_steps(settings)
 
-    measured = auto_plan.profiled, autopipe.engine.setup.auto_plan.profiler.measure_link
-    if devices_per_node:
-        _fixed_costs(devices_per_node)
+
+def _two_steps(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train two steps, and the plain model too, whose parameters are then those of the engine."""
+    import autopipe
+
     model = _wide()
     plain, x, target = copy.deepcopy(model), torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
     adam = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
@@ -83,7 +94,6 @@ def _train(devices_per_node: int, settings: dict[str, Any]) -> dict[str, Any]:
         "share_of_states": held / sum(p.numel() for p in engine.parameters()),
     }
     engine.close()
-    auto_plan.profiled, autopipe.engine.setup.auto_plan.profiler.measure_link = measured
     return result
 
 

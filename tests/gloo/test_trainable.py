@@ -62,7 +62,7 @@ def _case(name: str) -> tuple[nn.Module, tuple[Tensor, ...], Tensor, Any, Any, l
     torch.manual_seed(1)
     adam = partial(torch.optim.AdamW, lr=1e-2, eps=1e-4)
     if name in ("groups", "adapters"):
-        model = TiedGPT()
+        model: Any = TiedGPT()
         if name == "adapters":
             model.requires_grad_(False)
             for block in model.blocks:

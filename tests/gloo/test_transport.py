@@ -53,7 +53,7 @@ def _exchange(shared_memory: str) -> dict[str, Any]:
     transport = Transport(context)
     transport.open([(0, 1), (1, 0)])
     mine, peer = context.rank, 1 - context.rank
-    found = {}
+    found: dict[str, Any] = {}
     for name, tensor in samples().items():
         handle = transport.send((mine, peer), [tensor], spec_of(tensor))
         (arrived,) = transport.recv((peer, mine), spec_of(tensor)).join()
@@ -97,7 +97,8 @@ def _in_order(shared_memory: str, num_messages: int) -> bool:
     transport.open([(0, 1), (1, 0)])  # what is open stays
     mine, peer = context.rank, 1 - context.rank
     delays = random.Random(mine)
-    spec, handles, right = spec_of(torch.zeros(1000, dtype=torch.int64)), [], True
+    spec, right = spec_of(torch.zeros(1000, dtype=torch.int64)), True
+    handles: list[Any] = []
     receives = [transport.recv((peer, mine), spec)]
     for i in range(num_messages):
         time.sleep(delays.choice([0.0, 0.0, 0.003]))

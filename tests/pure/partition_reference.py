@@ -136,15 +136,15 @@ def step_us(
         for k in range(K):
             while queues[k]:
                 kind, m = queues[k][0]
-                messages = {s: c for (s, t), c in there.items() if t == k} if kind == "F" else {}
-                messages |= {t: c for (s, t), c in back.items() if s == k} if kind == "B" else {}
-                if any((kind, other, m) not in ended for other in messages):
+                waits = {s: c for (s, t), c in there.items() if t == k} if kind == "F" else {}
+                waits |= {t: c for (s, t), c in back.items() if s == k} if kind == "B" else {}
+                if any((kind, other, m) not in ended for other in waits):
                     break
-                for other, cost in messages.items():
-                    way = (kind, other, k)
+                for other, cost in waits.items():
+                    line = (kind, other, k)
                     posted = ended[kind, k, m - POSTED] if m >= POSTED else 0.0
-                    link_free[way] = max(ended[kind, other, m], link_free.get(way, 0.0), posted) + link.overlap * cost
-                    clock[k] = max(clock[k], link_free[way])
+                    link_free[line] = max(ended[kind, other, m], link_free.get(line, 0.0), posted) + link.overlap * cost
+                    clock[k] = max(clock[k], link_free[line])
                 ended[kind, k, m] = clock[k] = clock[k] + time[kind, k]
                 queues[k].pop(0)
     return max(clock)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 from autopipe.cost import build_cost_graph, stage_costs
 from autopipe.partition.memory.model import MemoryModel, stage_memory
 from autopipe.partition.timing import simulated_step_us
 from profiler.records import LinkProfile, NodeProfile, Profile
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 LINK = LinkProfile(latency_us=2.0, bytes_per_us=100.0, overlap=0.0)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from partition_reference import crossings, loads_us, peaks_bytes, step_us
 
 from autopipe.cost import CostGraph, build_cost_graph
 from autopipe.errors import PartitionError
@@ -18,6 +17,7 @@ from autopipe.partition.baselines import equal_nodes, equal_parameters, equal_ti
 from autopipe.plan import Plan
 from profiler.records import LinkProfile, NodeProfile, ParameterProfile, Profile
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import crossings, loads_us, peaks_bytes, step_us
 
 LINK = LinkProfile(latency_us=1.0, bytes_per_us=500.0, overlap=0.5)
 

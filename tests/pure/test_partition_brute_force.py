@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 from profiler.records import LinkProfile
 from scenarios.assignments import assignments, costs, steps_us
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from partition_reference import crossings, interval_assignments, loads_us, peaks_bytes
 
 from autopipe.cost import build_cost_graph
 from autopipe.partition.effort import Effort
@@ -16,6 +15,7 @@ from autopipe.partition.problem import Problem
 from autopipe.partition.search.bottleneck import split_order
 from profiler.records import LinkProfile
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import crossings, interval_assignments, loads_us, peaks_bytes
 
 
 @pytest.mark.parametrize("capped", [False, True])

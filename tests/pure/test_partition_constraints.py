@@ -6,12 +6,12 @@ import math
 import random
 
 import pytest
-from partition_reference import loads_us, monotone_assignments, peaks_bytes
 
 from autopipe.errors import PartitionError
 from autopipe.partition import Constraints, partition
 from profiler.records import LinkProfile, NodeProfile, Profile
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import loads_us, monotone_assignments, peaks_bytes
 
 LINK = LinkProfile(latency_us=0.3, bytes_per_us=400.0, overlap=0.5)
 

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 from autopipe.partition import partition
 from profiler.records import LinkProfile, Profile
 from scenarios.random_profiles import random_profile
+from tests.pure.partition_reference import loads_us, monotone_assignments, peaks_bytes, step_us
 
 NUM_GRAPHS = 500
 MOST_ASSIGNMENTS = 1500

@@ -147,7 +147,9 @@ def test_a_stage_of_nodes_without_work_may_make_a_step_shorter() -> None:
 
     Twelve layers and a head as heavy as three of them: the labels alone are a stage that shortens the pipeline by one message.
     """
-    nodes = [(f"n{i}", 1.0 if i % 2 else 0.0, (f"n{i - 1}",) if i else ()) for i in range(24)]
+    nodes: list[tuple[str, float, tuple[str, ...]]] = [
+        (f"n{i}", 1.0 if i % 2 else 0.0, (f"n{i - 1}",) if i else ()) for i in range(24)
+    ]
     nodes += [("labels", 0.0, ()), ("head", 3.0, ("n23",)), ("loss", 0.2, ("head", "labels"))]
     profile = Profile(
         nodes=tuple(

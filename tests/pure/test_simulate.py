@@ -5,6 +5,7 @@ import itertools
 import random
 import statistics
 import time
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,9 @@ def recurrence_us(costs: Costs, num_microbatches: int) -> float:
         for m in range(M):
             order += [("B", m)] + ([("F", m + warm)] if m + warm < M else [])
         orders.append(order)
-    at, clock, arrived, link = [0] * K, [0.0] * K, {}, {}
+    at, clock = [0] * K, [0.0] * K
+    arrived: dict[Any, float] = {}
+    link: dict[Any, float] = {}
     while any(at[k] < 2 * M for k in range(K)):
         for k in range(K):
             if at[k] == 2 * M:

@@ -38,6 +38,9 @@ class ReturnsDataclass(nn.Module):
 class Writes(nn.Module):
     """In-place operations, views that are written, a counter buffer, a reassigned buffer, a no_grad statistic."""
 
+    count: Tensor
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)

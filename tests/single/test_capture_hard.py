@@ -40,7 +40,11 @@ def test_a_hard_case_is_right_or_refused_in_words(name: str) -> None:
 
 
 def net(function: Any, *modules: tuple[str, nn.Module]) -> Net:
-    return Net(function, lambda m: [m.add_module(n, v) for n, v in modules] and None)
+    def add(model: nn.Module) -> None:
+        for name, module in modules:
+            model.add_module(name, module)
+
+    return Net(function, add)
 
 
 def test_the_report_names_route_modules_and_guards() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,10 @@ def resnet() -> tuple[nn.Module, Tensor, Tensor, Callable[..., Tensor]]:
     return ResNet(16, 6), torch.randn(16, 3, 24, 24), torch.randint(0, 5, (16,)), F.cross_entropy
 
 
-def trained(make: Callable[..., object], **arguments: object) -> tuple[nn.Module, autopipe.Engine, Tensor, int]:
+def trained(make: Callable[..., Any], **arguments: Any) -> tuple[nn.Module, autopipe.Engine, Tensor, int]:
     """The model after two calls, its engine, the loss, and the most bytes that the second call held beyond its start."""
     torch.manual_seed(0)
-    model, x, target, loss_fn = make()  # type: ignore[misc]
+    model, x, target, loss_fn = make()
     engine = autopipe.pipeline(model, loss_fn=loss_fn, num_microbatches=1, seed=3, self_check=False, **arguments)
     engine.train_batch(x, target=target)
     with peak_memory(torch.device("cpu")) as peak:
