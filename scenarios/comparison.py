@@ -107,8 +107,8 @@ def difference(got: Observed, expected: Observed) -> str:
         other = got.get(name)
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
             if value is not other:
-                got, due = ("none" if v is None else "a tensor" for v in (other, value))
-                return f"{name}: {got} instead of {due}"
+                found, due = ("none" if v is None else "a tensor" for v in (other, value))
+                return f"{name}: {found} instead of {due}"
             continue
         if value.shape != other.shape or value.dtype != other.dtype:
             return f"{name}: {tuple(other.shape)} {other.dtype} instead of {tuple(value.shape)} {value.dtype}"

@@ -1,5 +1,5 @@
-"""`pytest -m fast`: the tests of half a minute, for while one writes. They are all of `tests/pure` but those that search long, and a few
-of `tests/single`; which ones is decided here and nowhere else."""
+"""`pytest -m fast`: the tests of half a minute, for while one writes. They are all of `tests/pure` but those that
+search long, and a few of `tests/single`; which ones is decided here and nowhere else."""
 
 from __future__ import annotations
 

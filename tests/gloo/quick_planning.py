@@ -1,4 +1,5 @@
-"""Planning without measuring, for tests of what a pipeline computes: nodes cost what their bytes say, on every machine the same.
+"""Planning without measuring, for tests of what a pipeline computes: nodes cost what their bytes say, on every machine
+the same.
 
 The planner searches too, for a shorter time.
 """

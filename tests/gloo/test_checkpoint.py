@@ -30,7 +30,8 @@ LAYOUTS = {
 
 
 FIXED = {"split_points": ["blocks.2"], "schedule": "1f1b"}
-"""The norm that gradients are clipped by is summed stage by stage, so that runs are the same bit for bit only where the cut is."""
+"""The norm that gradients are clipped by is summed stage by stage, so that runs are the same bit for bit only where the
+cut is."""
 
 
 def _engine(data_parallel: int, zero_stage: int, optimizer: Any, **options: Any) -> tuple[Any, Any, Any]:

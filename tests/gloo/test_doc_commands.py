@@ -1,4 +1,5 @@
-"""The quick commands of README.md and docs/*.md, in this process and in the order of their page; `make docs` runs them all."""
+"""The quick commands of README.md and docs/*.md, in this process and in the order of their page; `make docs` runs them
+all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Python of README.md and docs/*.md runs as it stands, on three ranks, with the names that the words around it suppose."""
+"""The Python of README.md and docs/*.md runs as it stands, on three ranks, with the names that the words around it
+suppose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Exported torch stages train under torch's own schedules to the plain model's gradients: skips passed on, ties summed."""
+"""Exported torch stages train under torch's own schedules to the plain model's gradients: skips passed on, ties
+summed."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def _loss(output: Any, target: Any) -> Any:
 
 
 def _train(name: str, plan: Plan) -> dict[str, Any]:
-    """One step under torch's schedule; the largest relative error of this rank's gradients against the plain model's."""
+    """One step under torch's schedule; the largest relative error of this rank's gradients against the plain
+    model's."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     example, captured = _captured(name)

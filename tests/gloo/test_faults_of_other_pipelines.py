@@ -1,4 +1,5 @@
-"""Faults that were seen in torch's and DeepSpeed's pipelines: none of them is in this one. Nothing fails here but the others.
+"""Faults that were seen in torch's and DeepSpeed's pipelines: none of them is in this one. Nothing fails here but the
+others.
 
 The table in `docs/comparison.md` names these tests and those elsewhere.
 """
@@ -41,7 +42,8 @@ class Counted(torch.autograd.Function):
 
 
 class Checkpointed(nn.Module):
-    """Reentrant checkpoints whose first input is an integer, or needs no gradient; with lists, dicts and None between layers."""
+    """Reentrant checkpoints whose first input is an integer, or needs no gradient; with lists, dicts and None between
+    layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +104,8 @@ def statistics() -> dict[str, Any]:
 
 
 def checkpointing() -> dict[str, Any]:
-    """Regions are computed again in the backward; their inputs may be integers; structures pass between layers and out."""
+    """Regions are computed again in the backward; their inputs may be integers; structures pass between layers and
+    out."""
     torch.manual_seed(0)
     model = Checkpointed()
     plain, ids, target = copy.deepcopy(model), torch.randint(0, 10, (4, 3)), torch.randn(4, 3, 8)
@@ -151,7 +154,8 @@ def bf16() -> dict[str, Any]:
 
 
 def padding() -> dict[str, Any]:
-    """The labels of all rows but the first are nearly all padding: the whole batch's token mean, and not the mean of means."""
+    """The labels of all rows but the first are nearly all padding: the whole batch's token mean, and not the mean of
+    means."""
     torch.manual_seed(0)
     model = TiedGPT()
     ids, labels = torch.randint(0, 50, (5, 12)), torch.randint(0, 50, (5, 12))
@@ -211,7 +215,8 @@ def test_batch_norm_statistics_are_not_touched_by_planning_or_evaluation(ranks: 
 
 def test_reentrant_checkpoints_over_integers_are_kept(ranks: list[dict[str, Any]]) -> None:
     for result in (r["checkpointing"] for r in ranks):
-        # once and again for each of 2 micro-batches and 3 regions; what a stage has of a region without needing it stays once
+        # once and again for each of 2 micro-batches and 3 regions; what a stage has of a region without needing it
+        # stays once
         assert 2 * (2 * 3 - 1) <= result["forwards"] <= 2 * 2 * 3
         assert result["gradients"] <= 1e-5
 

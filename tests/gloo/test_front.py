@@ -1,4 +1,5 @@
-"""The iterator front end: ranks agree on the end of the data and on failures of iterators; what it computes is what single calls compute."""
+"""The iterator front end: ranks agree on the end of the data and on failures of iterators; what it computes is what
+single calls compute."""
 
 from __future__ import annotations
 

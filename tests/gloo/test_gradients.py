@@ -1,4 +1,5 @@
-"""Loss, every gradient and every buffer of a pipeline equal those of the plain model, for any number of stages and micro-batches."""
+"""Loss, every gradient and every buffer of a pipeline equal those of the plain model, for any number of stages and
+micro-batches."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def test_sockets_give_the_same_gradients() -> None:
 
 
 def _uneven_then_other_lengths(schedules: list[str]) -> list[tuple[str, float]]:
-    """Batches that do not divide, fewer samples than micro-batches, and other lengths, one after another on one engine."""
+    """Batches that do not divide, fewer samples than micro-batches, and other lengths, one after another on one
+    engine."""
     import autopipe
 
     dist.init_process_group("gloo")

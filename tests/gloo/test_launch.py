@@ -1,4 +1,5 @@
-"""Ranks that tests share: what a test changes in its process is gone in the next, and a process that cannot be cleaned is not used again."""
+"""Ranks that tests share: what a test changes in its process is gone in the next, and a process that cannot be cleaned
+is not used again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import autopipe.engine.step.runner as runner
+import autopipe.engine.step.program_cache as program_cache
 from tests.gloo.launch import run_ranks
 
 
@@ -51,9 +52,9 @@ def test_the_next_test_finds_a_process_as_it_was() -> None:
 
 def _changed(how: str) -> int:
     if how == "a module":
-        runner.MAX_PROGRAMS = 3
+        program_cache.MAX_PROGRAMS = 3
     elif how == "a class":
-        runner.Runner._program = None  # type: ignore[assignment, method-assign]
+        program_cache.ProgramCache.get = None  # type: ignore[assignment, method-assign]
     elif how == "a thread":
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     return os.getpid()

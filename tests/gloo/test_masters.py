@@ -1,4 +1,5 @@
-"""bf16 parameters with fp32 master copies: any layout follows the same recipe written out by hand, and its checkpoints lose nothing."""
+"""bf16 parameters with fp32 master copies: any layout follows the same recipe written out by hand, and its checkpoints
+lose nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ STEPS, BATCH, MICROBATCHES, MAX_NORM = 4, 12, 4, 0.5
 
 
 def _by_hand(model: nn.Module, args: Any, target: Any, loss_fn: Any, num_steps: int) -> tuple[list[float], Any]:
-    """The recipe: bf16 matrices under autocast, fp32 sums of gradients, AdamW on fp32 copies. Losses and copies by name."""
+    """The recipe: bf16 matrices under autocast, fp32 sums of gradients, AdamW on fp32 copies. Losses and copies by
+    name."""
     norms = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     masters = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
     parameters = dict(model.named_parameters())

@@ -1,4 +1,5 @@
-"""Evaluation and prediction: as the first call, in turn with training, with growing lengths, on all ranks or the last; nothing is kept."""
+"""Evaluation and prediction: as the first call, in turn with training, with growing lengths, on all ranks or the last;
+nothing is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Recompute in a pipeline: gradients and buffers of the plain model, and no rank above the memory that its stage was given."""
+"""Recompute in a pipeline: gradients and buffers of the plain model, and no rank above the memory that its stage was
+given."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def _measure(shares: list[float]) -> list[dict[str, Any]]:
             for parameter in engine.parameters():  # what is measured next would count their release
                 parameter.grad = None
         stage = engine.plan.stages[dist.get_rank()]
-        # gradients are made in the step; those let go before are not seen. The plan counts with Adam's state; here is none.
+        # gradients are made in the step; those let go before are not seen. The plan counts with Adam's state; here is
+        # none.
         static = stage.param_bytes + stage.optimizer_bytes
         found.append(
             {

@@ -1,4 +1,5 @@
-"""Replicas of the pipeline, ZeRO-1, several stages a rank, dropout, and fp16: what a run gives does not depend on how it is laid out."""
+"""Replicas of the pipeline, ZeRO-1, several stages a rank, dropout, and fp16: what a run gives does not depend on how
+it is laid out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Schedules take the time that the simulator says, on stages that sleep; a backward in two parts keeps the memory that it says."""
+"""Schedules take the time that the simulator says, on stages that sleep; a backward in two parts keeps the memory that
+it says."""
 
 from __future__ import annotations
 

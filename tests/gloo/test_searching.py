@@ -1,4 +1,5 @@
-"""Stages and replicas left open: the engine runs the plan that the search finds for the processes of the launch and the first batch."""
+"""Stages and replicas left open: the engine runs the plan that the search finds for the processes of the launch and the
+first batch."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def _wide() -> nn.Module:
 
 @contextlib.contextmanager
 def _fixed_costs(devices_per_node: int) -> Iterator[None]:
-    """In the place of what is measured: times of a device that is not here, and the two links, so that the choice is the same each time."""
+    """In the place of what is measured: times of a device that is not here, and the two links, so that the choice is
+    the same each time."""
     import profiler
     from autopipe.engine.setup import auto_plan
     from profiler.records import LinkProfile

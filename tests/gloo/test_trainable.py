@@ -1,4 +1,5 @@
-"""What is trained, and how: parameter groups by name, adapters over a frozen base, stages without trainable or any parameters, thawing."""
+"""What is trained, and how: parameter groups by name, adapters over a frozen base, stages without trainable or any
+parameters, thawing."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Adapted(nn.Module):
 
 
 class Parameterless(nn.Module):
-    """The first stage has no parameters, the second none that are trained; a float without gradient passes through both."""
+    """The first stage has no parameters, the second none that are trained; a float without gradient passes through
+    both."""
 
     def __init__(self) -> None:
         super().__init__()

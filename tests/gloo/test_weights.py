@@ -1,4 +1,5 @@
-"""Each rank makes or reads its own stage alone: models on the meta device, pretrained weights, and what a rank keeps of a real model."""
+"""Each rank makes or reads its own stage alone: models on the meta device, pretrained weights, and what a rank keeps of
+a real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The engine on CUDA: on one device against the plain model, on several over NCCL. Skipped where the devices are not there."""
+"""The engine on CUDA: on one device against the plain model, on several over NCCL. Skipped where the devices are not
+there."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def step_us(
 ) -> float:
     """The makespan of 1F1B, by following the stages' own orders until nothing is left to run.
 
-    A message leaves when it is made, the one before it on its way is there, and its receiver has read the second before it.
+    A message leaves when it is made, the one before it on its way is there, and its receiver has read the second before
+    it.
     """
     node = {n.name: n for n in profile.nodes}
     K, M = num_stages, num_microbatches

@@ -1,5 +1,5 @@
-"""The documents are true of the code: links resolve, commands parse, names of Python are there, tables of errors and fields are complete;
-errors have remedies."""
+"""The documents are true of the code: links resolve, commands parse, names of Python are there, tables of errors and
+fields are complete; errors have remedies."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_the_list_of_commands_that_are_not_run_so_is_up_to_date() -> None:
 
 
 def ours(page: Path) -> str:
-    """A page; of one that sets another engine beside this one, the side that is ours: not its program, and not the left column of its table."""
+    """A page; of one that sets another engine beside this one, the side that is ours: not its program, and not the left
+    column of its table."""
     text = page.read_text()
     if page.name.startswith("migrate-"):
         text = re.sub(r"<!-- program: there -->\n```.*?```", "", text, flags=re.DOTALL)
@@ -140,7 +141,8 @@ GUIDES = ["README.md", "user-guide.md", "faq.md", "migrate-deepspeed.md", "migra
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_settings_in_the_text_exist(name: str) -> None:
-    """`zero_stage=1` in a text is an argument of `autopipe.pipeline`, `Constraints` or a method of the engine, or of torch and transformers."""
+    """`zero_stage=1` in a text is an argument of `autopipe.pipeline`, `Constraints` or a method of the engine, or of
+    torch and transformers."""
     methods = [f for _, f in inspect.getmembers(autopipe.Engine, inspect.isfunction)]
     known = {p for f in (autopipe.pipeline, autopipe.Constraints, *methods) for p in inspect.signature(f).parameters}
     page = next(p for p in PAGES if p.name == name)
@@ -180,7 +182,8 @@ def test_tests_that_are_named_are_there(page: Path) -> None:
 
 
 def made_errors(path: Path) -> Iterator[ast.Call]:
-    """The calls in a file that make an error of autopipe, under its own name or one that it was imported or passed under."""
+    """The calls in a file that make an error of autopipe, under its own name or one that it was imported or passed
+    under."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")

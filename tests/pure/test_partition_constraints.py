@@ -1,4 +1,5 @@
-"""Modules together, alone, first and last: against every assignment that obeys, with their price, and contradictions by name."""
+"""Modules together, alone, first and last: against every assignment that obeys, with their price, and contradictions by
+name."""
 
 from __future__ import annotations
 

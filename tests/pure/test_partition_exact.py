@@ -1,4 +1,5 @@
-"""The planner against every monotone assignment of small random graphs, one by one, with a simulator of the test's own."""
+"""The planner against every monotone assignment of small random graphs, one by one, with a simulator of the test's
+own."""
 
 from __future__ import annotations
 

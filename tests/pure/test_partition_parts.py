@@ -1,4 +1,5 @@
-"""The parts of the planner on their own: lossless reduction, the down-set DP and its proof, the skips left out in ranking."""
+"""The parts of the planner on their own: lossless reduction, the down-set DP and its proof, the skips left out in
+ranking."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_the_bound_of_a_line_with_little_beside_it_is_never_above_the_optimum() 
 def test_a_stage_of_nodes_without_work_may_make_a_step_shorter() -> None:
     """Reduction hides such stages; the usual splits of the whole graph have them, and no plan is slower than these.
 
-    Twelve layers and a head as heavy as three of them: the labels alone are a stage that shortens the pipeline by one message.
+    Twelve layers and a head as heavy as three of them: the labels alone are a stage that shortens the pipeline by one
+    message.
     """
     nodes: list[tuple[str, float, tuple[str, ...]]] = [
         (f"n{i}", 1.0 if i % 2 else 0.0, (f"n{i - 1}",) if i else ()) for i in range(24)

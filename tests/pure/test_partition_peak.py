@@ -19,8 +19,15 @@ def node(name: str, *inputs: str, **values: Any) -> NodeProfile:
     return NodeProfile(name=name, inputs=inputs, **given)
 
 
-def peaks(nodes: list[NodeProfile], stage_of: list[int], *, num_microbatches: int = 1, buffered: bool = False, optimizer: float = 0.0,
-          params: dict[str, int] | None = None) -> list[float]:  # fmt: skip
+def peaks(
+    nodes: list[NodeProfile],
+    stage_of: list[int],
+    *,
+    num_microbatches: int = 1,
+    buffered: bool = False,
+    optimizer: float = 0.0,
+    params: dict[str, int] | None = None,
+) -> list[float]:
     sizes = {name: ParameterProfile(bytes=size, trainable=True) for name, size in (params or {}).items()}
     profile = Profile(nodes=tuple(nodes), parameters=sizes, device="cpu")
     graph = build_cost_graph(profile, dataclasses.replace(DEFAULT_LINK, buffered=buffered))
@@ -46,7 +53,8 @@ def test_what_is_kept_goes_with_the_last_node_that_keeps_it() -> None:
 
 
 def test_a_buffered_link_holds_nothing_for_messages_under_way() -> None:
-    # The first stage holds two micro-batches; the second posts a receive ahead, and its last two gradients are still being sent.
+    # The first stage holds two micro-batches; the second posts a receive ahead, and its last two gradients are still
+    # being sent.
     held, alone = (
         peaks(CHAIN, [0, 0, 1], num_microbatches=4),
         peaks(CHAIN, [0, 0, 1], num_microbatches=4, buffered=True),
@@ -61,7 +69,8 @@ def test_the_gradient_of_a_parameter_is_made_by_its_last_reader() -> None:
         node("b", "a"),
         node("c", "b", params=("w",), param_bytes=1000),
     ]
-    # In c's backward w's gradient is part of the workspace; in b's it is there, beside a and b, which may be kept, and two gradients.
+    # In c's backward w's gradient is part of the workspace; in b's it is there, beside a and b, which may be kept, and
+    # two gradients.
     assert peaks(nodes, [0, 0, 0], params={"w": 1000})[0] == 1000 + 1000 + 200 + 200
 
 

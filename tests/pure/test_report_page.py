@@ -1,4 +1,5 @@
-"""The HTML page of a plan: self-contained and small; in Chromium without errors, with hover, not clipped, and quick for 5,000 nodes."""
+"""The HTML page of a plan: self-contained and small; in Chromium without errors, with hover, not clipped, and quick for
+5,000 nodes."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ def test_page_in_chromium(browser: Browser, tmp_path: Path, width: int, dark: bo
         "nothing makes the page wider than the window"
     )
     clipped = """[...document.querySelectorAll('h1,h2,p,dd,dt,li,.name,.value,svg text')].filter(e => {
-        const r = e.getBoundingClientRect(); return r.right > innerWidth + 1 || r.left < -1 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth;
+        const r = e.getBoundingClientRect();
+        return r.right > innerWidth + 1 || r.left < -1 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth;
     }).map(e => e.textContent)"""
     assert browser.value(clipped) == []
     assert browser.value("document.querySelectorAll('.timeline svg rect[data-i]').length") > 2000
@@ -189,7 +191,8 @@ def _hover(browser: Browser) -> None:
         (".bars .m3", "activations"),
         (".tree li", "stages 0, 1, 2"),
     ):
-        find = f"const e = document.querySelector({part!r}); e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
+        find = f"const e = document.querySelector({part!r}); e.scrollIntoView({{block: 'center'}}); "
+        find += "const r = e.getBoundingClientRect();"
         x, y = browser.value(f"(() => {{ {find} return [r.left + r.width / 2, r.top + r.height / 2]; }})()")
         browser.move_to(x, y)
         assert words in browser.value("document.getElementById('tip').textContent"), part

@@ -1,4 +1,5 @@
-"""A profile of one device scaled to another: by the ratio of two estimates, node by node, and labelled as no measurement."""
+"""A profile of one device scaled to another: by the ratio of two estimates, node by node, and labelled as no
+measurement."""
 
 import dataclasses
 

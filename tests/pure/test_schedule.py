@@ -1,4 +1,5 @@
-"""Schedules of every small size: they pass the checker, and they end under an independent model of each layout of queues."""
+"""Schedules of every small size: they pass the checker, and they end under an independent model of each layout of
+queues."""
 
 import itertools
 import random
@@ -65,7 +66,8 @@ def test_random_stage_graphs_costs_and_reductions(kind: str) -> None:
 
 
 def ends_under(schedule: Schedule, queues: str) -> bool:
-    """Plays the schedule with rendezvous sends, transfers in the given queues and computes in the queue of their rank."""
+    """Plays the schedule with rendezvous sends, transfers in the given queues and computes in the queue of their
+    rank."""
 
     def queue_of(rank: int, action: Action) -> tuple[object, ...]:
         if action.kind == "REDUCE_GRAD":

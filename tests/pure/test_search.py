@@ -1,4 +1,5 @@
-"""The search over layouts: never slower than a plan of an exhaustive small grid, within memory, on the better side of the links."""
+"""The search over layouts: never slower than a plan of an exhaustive small grid, within memory, on the better side of
+the links."""
 
 import dataclasses
 import json
@@ -22,7 +23,8 @@ SLOW = LinkProfile(latency_us=50.0, bytes_per_us=500.0)
 
 
 def chain(num_nodes: int = 16, size: int = 1, *, fixed_us: float = 0.0, param_mib: int = 4) -> Profile:
-    """A chain of layers, each with parameters; times are `fixed_us` and a part in proportion to the micro-batch size."""
+    """A chain of layers, each with parameters; times are `fixed_us` and a part in proportion to the micro-batch
+    size."""
     nodes = tuple(
         NodeProfile(
             name=f"n{i}",

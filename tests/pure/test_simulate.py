@@ -139,7 +139,8 @@ def recurrence_us(costs: Costs, num_microbatches: int) -> float:
 
 
 def test_against_an_independent_recurrence() -> None:
-    """Two receives ahead are enough: a chain is at most 2% slower than with receives without limit, as a rule not at all."""
+    """Two receives ahead are enough: a chain is at most 2% slower than with receives without limit, as a rule not at
+    all."""
     rnd, slower = random.Random(3), []
     for _ in range(200):
         num_stages, num_microbatches = rnd.randint(1, 8), rnd.randint(1, 24)

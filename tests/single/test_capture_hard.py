@@ -1,4 +1,5 @@
-"""Hard cases: each is captured, whole and in stages, with the plain model's outputs, gradients and buffers; or refused in words."""
+"""Hard cases: each is captured, whole and in stages, with the plain model's outputs, gradients and buffers; or refused
+in words."""
 
 from __future__ import annotations
 

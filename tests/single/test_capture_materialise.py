@@ -1,4 +1,5 @@
-"""Models on the meta device: one stage's tensors get values, from a state dict by name or by the model's own initialisation."""
+"""Models on the meta device: one stage's tensors get values, from a state dict by name or by the model's own
+initialisation."""
 
 from __future__ import annotations
 

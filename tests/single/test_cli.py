@@ -1,4 +1,5 @@
-"""The command line: its options are frozen, every command runs on a small model, and errors have one line and the right status."""
+"""The command line: its options are frozen, every command runs on a small model, and errors have one line and the right
+status."""
 
 import argparse
 import ast

@@ -1,4 +1,5 @@
-"""A checkpoint becomes weights that the plain model and transformers load, and weights become a checkpoint, tensor by tensor."""
+"""A checkpoint becomes weights that the plain model and transformers load, and weights become a checkpoint, tensor by
+tensor."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def test_transformers_loads_what_was_converted(tmp_path: Path) -> None:
 
 
 def test_layers_of_deepspeed_become_a_checkpoint(tmp_path: Path) -> None:
-    """The files and keys are those of DeepSpeed's `PipelineModule.save_state_dict`: a state dict for each layer with parameters."""
+    """The files and keys are those of DeepSpeed's `PipelineModule.save_state_dict`: a state dict for each layer with
+    parameters."""
     model, folder = TiedGPT(layers=2), tmp_path / "global_step3"
     folder.mkdir()
     layers = {0: model.wte, 1: model.wpe, 3: model.blocks[0], 4: model.blocks[1], 5: model.norm}

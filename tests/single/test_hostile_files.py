@@ -1,4 +1,5 @@
-"""Checkpoints and weights from anyone: whatever is in the files, tensors are those that were written, or an error names the file.
+"""Checkpoints and weights from anyone: whatever is in the files, tensors are those that were written, or an error names
+the file.
 
 Nothing in them is executed, nothing outside of them is read, and nothing is overwritten.
 """
@@ -103,7 +104,8 @@ def file_of(folder: Path, kind: str) -> Path:
 
 KINDS = ["meta", "metadata", "data", "safetensors", "torch", "old torch", "index", "shard", "layer", "names"]
 CHECKED = ["meta", "metadata", "data"]
-"""What has a checksum: no other value than that which was written comes out. The others are files of other programs, without one."""
+"""What has a checksum: no other value than that which was written comes out. The others are files of other programs,
+without one."""
 
 
 def damaged(good: Path, kind: str, change: Callable[[bytes], bytes]) -> dict[str, Tensor] | None:

@@ -68,7 +68,8 @@ def test_a_calibrated_profile_keeps_its_segments():
 
 
 def test_floats_that_count_something_are_never_made_up():
-    """How many tokens each expert gets is a float until it is cast; random numbers in its place would make its readers do less."""
+    """How many tokens each expert gets is a float until it is cast; random numbers in its place would make its readers
+    do less."""
     true_counts = torch.tensor([1.0, 2.0, 0.0, 5.0])
 
     def reader(x, counts):

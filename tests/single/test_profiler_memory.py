@@ -158,7 +158,8 @@ def test_nodes_that_capture_marked_as_checkpointed():
 
 
 def test_nothing_that_is_made_while_memory_is_measured_outlives_it(monkeypatch):
-    """torch remembers the address of a block that outlives a measurement, and counts as released whatever lies there later."""
+    """torch remembers the address of a block that outlives a measurement, and counts as released whatever lies there
+    later."""
     outliving = []
 
     def tensors():

@@ -54,7 +54,8 @@ def resnet() -> tuple[nn.Module, Tensor, Tensor, Callable[..., Tensor]]:
 
 
 def trained(make: Callable[..., Any], **arguments: Any) -> tuple[nn.Module, autopipe.Engine, Tensor, int]:
-    """The model after two calls, its engine, the loss, and the most bytes that the second call held beyond its start."""
+    """The model after two calls, its engine, the loss, and the most bytes that the second call held beyond its
+    start."""
     torch.manual_seed(0)
     model, x, target, loss_fn = make()
     engine = autopipe.pipeline(model, loss_fn=loss_fn, num_microbatches=1, seed=3, self_check=False, **arguments)

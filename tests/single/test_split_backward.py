@@ -1,4 +1,5 @@
-"""The backward in two parts gives the gradients of the backward in one, bit for bit, and does nothing twice that must not be."""
+"""The backward in two parts gives the gradients of the backward in one, bit for bit, and does nothing twice that must
+not be."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def test_a_rank_is_slow_where_others_wait_for_it_and_it_is_quick_otherwise() -> 
     assert slowness.of_places({0: waits, 1: _place("saving", waiting=False, for_s=2.0, usual_s=1.5)}) == []
     said = slowness.of_places({0: waits, 1: busy})
     assert said == [
-        "stage 1 on rank 1 is slow: backward of micro-batch 0 takes 2.0 s so far, 20 times as long as usual; rank 0 waits"
+        "stage 1 on rank 1 is slow: backward of micro-batch 0 takes 2.0 s so far, 20 times as long as usual; rank 0 "
+        "waits"
     ]
     assert slowness.of_places({0: waits, 1: busy}) == []  # said once
 
