@@ -201,3 +201,25 @@ def test_every_error_has_a_remedy(path: Path) -> None:
 
 def test_errors_are_found_at_all() -> None:
     assert sum(len(list(made_errors(path))) for path in SOURCES) > 60
+
+
+def test_cited_transport_rules_are_in_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page[page.index("## Transport rules") : page.index("## A backward in two parts")]
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 10
+    cited = [
+        int(number)
+        for path in SOURCES
+        for found in re.findall(r"\brules? ([\d, ]*\d)\b", path.read_text())
+        for number in re.findall(r"\d+", found)
+    ]
+    assert cited and set(cited) <= set(numbers)
+
+
+def test_the_planners_files_are_listed() -> None:
+    page = (ROOT / "docs" / "planner.md").read_text()
+    listed = set(re.findall(r"^\| `(partition/[\w/]+\.py)`", page, flags=re.MULTILINE))
+    folder = ROOT / "autopipe"
+    there = {str(p.relative_to(folder)) for p in (folder / "partition").rglob("*.py") if p.name != "__init__.py"}
+    assert listed == there

@@ -1,0 +1,1 @@
+"""Failures: the first cause of a failure on any rank reaches every rank as one error. Read `monitor.py` first."""

@@ -31,7 +31,7 @@ Flow = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """What a message looks like: both ends know it before it is sent (rule 8)."""
+    """What a message looks like: both ends know it before it is sent (rule 7)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -100,7 +100,7 @@ class Works:
 
 
 class Transport:
-    """Sends and receives of one rank."""
+    """Sends and receives of one rank, by the numbered rules of `docs/architecture.md`."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
