@@ -1,4 +1,4 @@
-"""What devices there are and how they are connected: nodes, devices, links; its JSON form is `autopipe.cluster/1`."""
+"""Devices and how they are connected: nodes, devices, links; its JSON form is `autopipe.cluster/1`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the nodes of another graph of the same model go: evaluation and other shapes follow the parameters that a plan
+"""Placement of another graph of the same model: evaluation and other shapes follow the parameters that a plan
 has placed."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plan is: which nodes run on which stage, what that costs, and its JSON form (`autopipe.plan/1`)."""
+"""A plan: the nodes of each stage, their costs, and its JSON form (`autopipe.plan/1`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MAX_NUMBER = 2**63
 """No time, size or count in a file is as large."""
 PLAN_SCHEMA = "autopipe.plan/1"
 RECOMPUTE = ("auto", "none", "full")
-"""What is computed again in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
+"""Activations to compute again in the backward: as much as the memory limit demands, nothing, or every stage as a
+whole."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 
 
@@ -68,7 +69,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What crosses from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader
+    """Tensors that cross from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader
     directly.
 
     `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over,

@@ -57,7 +57,7 @@ class StageOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpec:
-    """What a stage reads, runs and gives.
+    """Inputs, nodes and outputs of a stage.
 
     Attributes:
         index: the stage.
@@ -133,7 +133,7 @@ def placement(captured: Captured, plan: Plan) -> dict[str, int]:
 
 
 def cut(captured: Captured, stage_of: Mapping[str, int], num_stages: int) -> tuple[StageSpec, ...]:
-    """What every stage reads and gives under a placement. The results of the graph are gathered on the last stage.
+    """Inputs and outputs of every stage under a placement. The results of the graph are gathered on the last stage.
 
     Raises:
         PlanError: a node stands on an earlier stage than one that it reads.

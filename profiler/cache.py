@@ -39,7 +39,7 @@ def cache_dir() -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a measurement holds for besides its signature: it is written into each entry and compared on reading."""
+    """Conditions of a measurement besides its signature: it is written into each entry and compared on reading."""
     return {
         "device": f"cpu {_cpu_model()}" if device.type == "cpu" else device_name(device),
         "torch": torch.__version__,

@@ -49,7 +49,7 @@ class Call:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What is called with the bound arguments."""
+        """The function that is called with the bound arguments."""
         if self.module is not None:
             return self.module
         if self.node.op == "call_method":

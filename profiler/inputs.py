@@ -1,4 +1,4 @@
-"""Where a graph is run and on which inputs: the device, and a value for every placeholder."""
+"""Device and inputs of a measurement: the device, and a value for every placeholder."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _LOG = logging.getLogger("autopipe.profiler")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkTransport:
-    """How messages go between the two ranks, where they do not go over the process group.
+    """Transport of messages between two ranks other than the process group.
 
     Attributes:
         name: what it is called; measurements over different ways are kept apart.
@@ -45,7 +45,7 @@ class LinkTransport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkMeasurement:
-    """What was measured between two ranks.
+    """Measurement between two ranks.
 
     Attributes:
         sizes: message sizes, in bytes.
@@ -170,7 +170,7 @@ class _Pair:
         return self._usual(round_trip) / 2
 
     def busy_us(self, size: int, idle_us: float) -> tuple[float, float]:
-        """What a transfer adds to about as much compute, and the share of it that was hidden (0 to 1)."""
+        """Time that a transfer adds to about as much compute, and the share of it that was hidden (0 to 1)."""
         message = self._buffer[:size]
         count = max(1, round(idle_us / self._compute_us))
         compute_us = self._usual(lambda: self._compute(count))
@@ -251,7 +251,7 @@ def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) 
 def _identity(
     group: dist.ProcessGroup | None, device: torch.device, members: Sequence[int], way: str
 ) -> dict[str, Any]:
-    """What a measurement holds for: backend, torch, and host and device of the two ends."""
+    """Conditions of a measurement: backend, torch, and host and device of the two ends."""
     ends: list[Any] = [None] * len(members)
     name = device_name(device)
     dist.all_gather_object(ends, (platform.node(), name, torch.get_num_threads()), group=group)

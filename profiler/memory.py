@@ -56,7 +56,7 @@ class SavedTensors:
 
 @dataclass(slots=True)
 class Peak:
-    """What a block allocates.
+    """Allocations of a block.
 
     Attributes:
         parts: for each part of the block (see `split`) the level at its start and the highest in it, in bytes above the

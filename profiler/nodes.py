@@ -23,7 +23,7 @@ TRIVIAL_US, LONG_S = 30.0, 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What one node costs.
+    """Cost of one node.
 
     Attributes:
         forward_us, backward_us: medians.

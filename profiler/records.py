@@ -1,4 +1,4 @@
-"""What a profile is: plain, frozen records of measured or estimated costs, and their JSON form
+"""Profiles: plain, frozen records of measured or estimated costs, and their JSON form
 (`autopipe.profile/1`)."""
 
 from __future__ import annotations

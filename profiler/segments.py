@@ -1,5 +1,5 @@
-"""What the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and compared with
-it.
+"""Corrections that the sum of the nodes misses: contiguous segments are run as a training engine runs a stage, and
+compared with it.
 
 A node that is timed by itself finds its inputs in the cache and its memory at hand, starts from Python each time, and
 never adds up the gradients of a value with several readers. A segment shows the sum of these effects.

@@ -1,5 +1,5 @@
-"""What makes two nodes cost the same: operator, attributes, shapes, dtypes, strides, gradient flags and modes, as a
-hash."""
+"""Signatures: two nodes with the same one cost the same. Operator, attributes, shapes, dtypes, strides, gradient flags
+and modes, as a hash."""
 
 from __future__ import annotations
 

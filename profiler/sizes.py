@@ -54,7 +54,7 @@ def sizes_to_profile(batch: int, num_devices: int) -> list[int]:
 
 
 def scaling_rule(profiles: Sequence[Profile], microbatch_size: int) -> str:
-    """How `at_size` comes by its figures: empty where this size was profiled."""
+    """Rule by which `at_size` scales; empty if this size was profiled."""
     if any(p.microbatch_size == microbatch_size for p in profiles):
         return ""
     return AFFINE if len(profiles) > 1 else PROPORTIONAL

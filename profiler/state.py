@@ -1,4 +1,4 @@
-"""What a measurement may disturb, put back exactly: random states, grad and autocast modes, attributes of modules."""
+"""Restores everything that a measurement may disturb: random states, grad and autocast modes, attributes of modules."""
 
 from __future__ import annotations
 

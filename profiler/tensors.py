@@ -58,7 +58,7 @@ class ModelTensors:
         self._ready.clear()
 
     def devices(self) -> set[torch.device]:
-        """Where the model's parameters and buffers are."""
+        """Values of the model's parameters and buffers."""
         return {t.device for t in self._tensors.values()}
 
     def profiles(self) -> dict[str, ParameterProfile]:
@@ -73,7 +73,7 @@ class ModelTensors:
         return self._name_of.get(target)
 
     def original(self, target: str) -> object:
-        """What a dotted path names in the model, as it is there."""
+        """The object that a dotted path names in the model."""
         owner, _, leaf = target.rpartition(".")
         return getattr(self._model.get_submodule(owner), leaf)
 

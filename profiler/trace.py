@@ -1,4 +1,4 @@
-"""What running a node did: its outputs, the memory they look at, and what was kept for backward, free of any tensor."""
+"""Trace of running a node: its outputs, the memory they look at, and what was kept for backward, free of any tensor."""
 
 from __future__ import annotations
 

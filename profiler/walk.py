@@ -22,7 +22,7 @@ from profiler.values import Storage, Value, cut_from_graph, make_real, value_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is known of all nodes of one signature."""
+    """Measurements of all nodes of one signature."""
 
     timing: Timing
     trace: Trace
@@ -49,7 +49,7 @@ class Measure(Protocol):
 
 
 class Records(Protocol):
-    """Where the records of signatures are kept."""
+    """Store of the records of signatures."""
 
     def get(self, signature: Signature) -> Record | None:
         """The record of a signature, if there is one."""

@@ -1,4 +1,4 @@
-"""What capture gives: the graph of a model at micro-batch size, and how values go in and come out of it."""
+"""The result of capture: the graph of a model at micro-batch size, and how values go in and come out of it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Captured:
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
-        """What capture did, in a few lines."""
+        """The capture in a few lines."""
         lines = [f"captured by: {self.route}; {len(self.nodes)} nodes"]
         lines += [f"kept whole: {name} ({reason})" for name, reason in self.opaque.items()]
         lines += [f"checked at each run: {text}" for text in self.guards]
@@ -121,8 +121,8 @@ class Captured:
 
     @property
     def guards(self) -> tuple[str, ...]:
-        """What Python read while the model was captured, and what every run is compared with: the value and where it is
-        read."""
+        """A value that Python read while the model was captured, with which every run is compared: the value and where
+        it is read."""
         found = []
         for node in self.nodes:
             place = node.meta.get("source", "")

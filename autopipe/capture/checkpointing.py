@@ -31,7 +31,7 @@ class CheckpointRegion(nn.Module):
 
     @property
     def body(self) -> fx.GraphModule:
-        """What is computed again."""
+        """The part that is computed again."""
         return self._body[0]
 
     def forward(self, *args: Any) -> Any:

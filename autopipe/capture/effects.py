@@ -1,4 +1,4 @@
-"""What a recorded node does beside returning a value: storages that it touches and writes, random numbers that it
+"""Effects of a recorded node beyond its value: storages that it touches and writes, random numbers that it
 draws.
 
 From the writes follow the groups of nodes that must stay on one stage and in order: a tensor that is written in place,

@@ -58,7 +58,7 @@ GUARDS = (guard, guard_shape, guard_plain)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permission:
-    """Where values of tensors that Python reads may become guards.
+    """Turns values of tensors that Python reads into guards.
 
     Attributes:
         on_fakes: the recording runs on fake tensors, whose values must be computed from the inputs.
@@ -88,7 +88,7 @@ class Permission:
 
 
 def ctc_twin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What `F.ctc_loss` gives, without its values: it reads lengths, on which the shape of its result does not
+    """Result of `F.ctc_loss` without values: it reads lengths, on which the shape of its result does not
     depend."""
     names = ("log_probs", "targets", "input_lengths", "target_lengths", "blank", "reduction")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -121,8 +121,8 @@ _OUTSIDE_OF_UNIT = {  # what a comparison of a number drawn from [0, 1) with a b
 
 
 def settled(node: fx.Node) -> bool | None:
-    """What a comparison says whatever is drawn, such as `torch.rand([]) < layerdrop` where that is 0; None where it is
-    open."""
+    """Result of a comparison that does not depend on what is drawn, such as `torch.rand([]) < layerdrop` where that is
+    0; None where it is open."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     answer = _OUTSIDE_OF_UNIT.get(name.strip("_"))
     if answer is None or len(node.args) != 2 or not isinstance(node.args[1], (int, float)):
@@ -155,7 +155,7 @@ class Evaluator:
         self._known: dict[fx.Node, Any] = {}
 
     def __call__(self, name: str, args: Any, kwargs: Any) -> Any:
-        """What the method `name` of Tensor answers for the real values of these nodes."""
+        """Result of the Tensor method `name` for the real values of these nodes."""
         with without_torch_function(), unset_fake_temporarily(), torch.no_grad():
             return getattr(Tensor, name)(*fx.map_arg(args, self._value), **fx.map_arg(kwargs, self._value))
 

@@ -71,7 +71,7 @@ def _holds(module: nn.Module, ours: dict[str, Tensor]) -> bool:
 
 
 def _reset_of(model: nn.Module, module: nn.Module) -> Callable[[], Any] | None:
-    """What initialises a module: transformers' `_init_weights` of the model where it has one, else its own
+    """The function that initialises a module: transformers' `_init_weights` of the model where it has one, else its own
     `reset_parameters`."""
     of_model = getattr(model, "_init_weights", None)
     if callable(of_model):

@@ -1,4 +1,4 @@
-"""How module calls are recorded: torch.nn leaves and opaque modules as one node, all others by what their forward
+"""Recording of module calls: torch.nn leaves and opaque modules as one node, all others by what their forward
 calls."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class SizeRead(Untraceable):
 
 
 class Varies(NamedTuple):
-    """What of that which code kept whole gives follows from the values of its inputs."""
+    """Finds the outputs of code kept whole that depend on the values of its inputs."""
 
     shapes: bool
     numbers: bool
@@ -90,7 +90,7 @@ class ValueReads(TorchFunctionMode, ABC):
             self.guard_node(guard_plain, (node, plain_values(out), shapes))
 
     def let_vary(self, node: fx.Node, out: Any, op: str) -> None:
-        """What is made from a tensor whose shape depends on values has such a shape too, if it has any."""
+        """Mark tensors made from one whose shape depends on values: their shapes depend on them too."""
         if op != "call_module" and not isinstance(out, Tensor):
             raise SizeRead(f"{node.target}, whose result depends on the size of a tensor that depends on values")
         if any(t.dim() for t in tensors_in(out)):

@@ -310,7 +310,7 @@ class _RecordedHandle:
 
 
 def _target(func: Any, name: str) -> tuple[str, Any]:
-    """How fx calls the function again."""
+    """The target by which fx calls the function again."""
     if isinstance(func, _DESCRIPTORS):
         return "call_method", name
     if func in _METHOD_NAMES:

@@ -50,7 +50,7 @@ def _mixed(value: int) -> int:
 
 
 def seed_node(source: RandomSource, node: int) -> None:
-    """What a seeding node calls."""
+    """The function that a seeding node calls."""
     source.seed(node)
 
 

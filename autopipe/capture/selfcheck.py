@@ -154,7 +154,7 @@ def _copy(value: Any) -> Any:
 
 
 def _difference(got: Any, expected: Any) -> str:
-    """What differs, in words; empty where nothing does."""
+    """The difference in words; empty if there is none."""
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
         return "" if got is expected or got == expected else f"{_short(got)}, expected {_short(expected)}"
     if got.shape != expected.shape or got.dtype != expected.dtype:

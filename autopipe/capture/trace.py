@@ -29,7 +29,7 @@ from autopipe.capture.regions import emit_regions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """How the model is called: a micro-batch as `model(*args, **kwargs)` takes it, and the loss function with its
+    """A call of the model: a micro-batch as `model(*args, **kwargs)` takes it, and the loss function with its
     target."""
 
     args: tuple[Any, ...]
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureMode:
-    """How a model is recorded.
+    """Mode of recording a model.
 
     Attributes:
         opaque: places that are kept whole: modules by name, methods as `name:method`.
@@ -64,7 +64,7 @@ class CaptureMode:
 
     @property
     def name(self) -> str:
-        """What `Captured.route` says."""
+        """The text of `Captured.route`."""
         if self.guarded or self.guard_in or self.answers_in:
             return "guarded"
         return "opaque" if self.opaque else "recorded, compiling" if self.compiling else "recorded"

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: the newest whole one of a directory is found, a new one is published by one rename, old ones
+"""Folders of checkpoints: the newest whole one of a directory is found, a new one is published by one rename, old ones
 are removed.
 
 DIRECTORY/step-00000120/meta.json     step, plan, optimizer options, scheduler, loss scale, seed, the user's own state

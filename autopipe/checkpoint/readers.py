@@ -195,7 +195,7 @@ def _torch_span(file: Path, name: str, value: Tensor, size: int) -> Span:
 
 
 def _check_zip(file: Path) -> None:
-    """What the bytes of a record mean is known only where it is stored as it is, in this machine's byte order."""
+    """Raise unless a record is stored uncompressed and in this machine's byte order."""
     with zipfile.ZipFile(file) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise _damaged(file, "a compressed torch file")

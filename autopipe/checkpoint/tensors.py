@@ -24,7 +24,7 @@ from autopipe.checkpoint.unpickling import SafeUnpickler
 from autopipe.errors import CheckpointError
 
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng"
-"""What the keys of tensors begin with: of the model, by its names; of the optimizer, `optimizer.PARAMETER.STATE`;
+"""Prefixes of the keys of tensors: of the model, by its names; of the optimizer, `optimizer.PARAMETER.STATE`;
 random state."""
 
 
@@ -185,7 +185,7 @@ class _SafeReader(dcp.FileSystemReader):
     """Reads `.metadata` once, with an allow-list of names, and checks where it points."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the checkpoint says about its tensors."""
+        """The checkpoint's own description of its tensors."""
         if not hasattr(self, "_metadata"):
             with open(Path(self.path) / METADATA, "rb") as file:
                 found = SafeUnpickler(file).load()

@@ -1,5 +1,5 @@
-"""Which nodes of a profile may not be cut apart: its groups, those that the caller adds, and the cycles that merging
-them makes."""
+"""Merges nodes of a profile that may not be cut apart: its groups, those that the caller adds, and the cycles that
+merging them makes."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class RecomputeOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageDevices:
-    """What K stages run on, where their devices or links differ, or where replicas sum their gradients.
+    """Devices of K stages, if these or their links differ, or if replicas sum their gradients.
 
     Attributes:
         speed: (K) by which the compute of each stage is divided.

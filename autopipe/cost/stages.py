@@ -13,7 +13,7 @@ from profiler.records import LinkProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCosts:
-    """What each of K stages costs for one micro-batch, as (K) arrays, and each pair of stages, as (K, K) arrays.
+    """Costs of each of K stages for one micro-batch, as (K) arrays, and each pair of stages, as (K, K) arrays.
 
     Attributes:
         forward_us, backward_us: compute time.

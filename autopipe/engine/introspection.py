@@ -1,4 +1,4 @@
-"""What the last training steps took, gathered from all ranks: the report and the trace of an engine."""
+"""Measurements of the last training steps, gathered from all ranks: the report and the trace of an engine."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def _passed(value: Tensor) -> Tensor:
 
 
 def _model_inputs(captured: Captured) -> list[StageInput]:
-    """What the first stage takes: all tensors of the model's call, in order."""
+    """Inputs of the first stage: all tensors of the model's call, in order."""
     return [
         StageInput(
             name=node.name,
@@ -162,7 +162,7 @@ def _model_inputs(captured: Captured) -> list[StageInput]:
 
 
 def _wires(specs: Sequence[StageSpec], stage: int) -> list[StageInput]:
-    """What enters a stage: all that it or a later one reads and an earlier one, or the caller, gives."""
+    """Inputs of a stage: all that it or a later one reads and an earlier one, or the caller, gives."""
     wires: dict[str, StageInput] = {}
     for spec in specs[stage:]:
         for value in spec.inputs:

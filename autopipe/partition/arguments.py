@@ -1,4 +1,4 @@
-"""What the caller asked for, checked: every wrong value is a `PartitionError` that says what would be right."""
+"""Checks of the caller's arguments: every wrong value is a `PartitionError` that says what would be right."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from profiler.records import Profile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """How the stages are run: what a plan records beside its cuts."""
+    """Settings of a run that a plan records with its cuts."""
 
     num_stages: int
     num_microbatches: int
@@ -32,7 +32,7 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What is known about the best split there is: bounds on the step and on the largest load, and whether it was
+    """Knowledge about the best possible split: bounds on the step and on the largest load, and whether it was
     met."""
 
     step_bound_us: float
@@ -162,7 +162,7 @@ def _regions(graph: CostGraph, mine: NDArray[np.bool_], number: int) -> tuple[tu
 
 
 def _transfers(graph: CostGraph, stage_of: IntArray) -> tuple[Transfer, ...]:
-    """What crosses, one entry for each pair of stages, the tensors in the order of the profile."""
+    """Transfers, one entry for each pair of stages, the tensors in the order of the profile."""
     carried: dict[tuple[int, int], set[int]] = {}
     for tensor, reader in zip(graph.tensor_readers.owner.tolist(), graph.tensor_readers.node.tolist(), strict=True):
         edge = (int(stage_of[graph.producer[tensor]]), int(stage_of[reader]))

@@ -1,4 +1,4 @@
-"""What no split can beat: lower bounds on the largest load and on the time of a step."""
+"""Lower bounds that no split can beat: on the largest load and on the time of a step."""
 
 from __future__ import annotations
 

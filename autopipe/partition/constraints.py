@@ -1,4 +1,4 @@
-"""What the caller demands of a split beyond its cost: modules that stay together, or stand alone, first or last.
+"""Demands on a split beyond its cost: modules that stay together, or stand alone, first or last.
 
 `together` and `alone` make one node of the cost graph out of a module's nodes. `Rules` says what the rest demands of
 down-sets:

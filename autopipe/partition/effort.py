@@ -12,7 +12,7 @@ STATE_S = 2.5e-5
 
 @dataclass(slots=True)
 class Effort:
-    """How many seconds of work a search may still do, by the constants above."""
+    """Seconds of work that a search may still do, by the constants above."""
 
     left_s: float
 

@@ -1,4 +1,5 @@
-"""Why nothing fits: the split that comes nearest, the stage that lacks memory, how much, and what would make it fit."""
+"""Reasons why nothing fits: the split that comes nearest, the stage that lacks memory, how much, and what would make it
+fit."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def too_little_memory(problem: Problem, stage_of: IntArray) -> PartitionError:
 
 
 def _remedy(problem: Problem, lacking: float, per_sample: float) -> str:
-    """What would make it fit; `per_sample` are the bytes of the stage that shrink with a micro-batch."""
+    """Changes that would make it fit; `per_sample` are the bytes of the stage that shrink with a micro-batch."""
     ways = []
     most = min(2 * problem.num_stages + 8, problem.graph.num_nodes)
     if problem.memory.limits:

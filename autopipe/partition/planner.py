@@ -34,8 +34,8 @@ from profiler.records import LinkProfile, Profile
 PROOF_TOLERANCE = 1e-4
 """A plan is called optimal where the bound is this close, relatively."""
 STEP_SHARE = 0.6
-"""What the search for the shortest step takes beside that for the least load, as a share of the budget. The latter is
-given all of it for either objective, so that no plan is slower than the one with the least largest load."""
+"""Extra budget of the search for the shortest step over that for the least load, as a share of the budget. The latter
+is given all of it for either objective, so that no plan is slower than the one with the least largest load."""
 UNCONSTRAINED = "without the constraints"
 
 

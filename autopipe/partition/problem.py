@@ -1,4 +1,4 @@
-"""What the searches of the planner are given, and what they find."""
+"""The problem and the solution of the planner's searches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is to be split: a graph into K stages, each within the memory of its device, as the rules say.
+    """The split to find: a graph into K stages, each within the memory of its device, as the rules say.
 
     `with_recompute` gives the graph with its classes of recompute where the caller has ruled them out: for an error's
     remedy.

@@ -1,4 +1,4 @@
-"""What people see: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a
+"""Reports for people: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a
 picture."""
 
 from autopipe.report.explain import explain

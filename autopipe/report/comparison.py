@@ -54,7 +54,7 @@ def measured_parts(plan: Plan, measured: Sequence[MeasuredStage]) -> tuple[Table
 
 
 def measured_title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
-    """What is compared, in one line."""
+    """The comparison in one line."""
     of = f"{plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
     return f"Predicted beside measured: {of}"
 

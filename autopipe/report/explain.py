@@ -30,7 +30,8 @@ class Remedy:
 
 
 def explain(plan: Plan) -> str:
-    """What holds the step back and what would help most, from simulations of the plan with one thing changed."""
+    """The bottleneck of the step and the change that would help most, from simulations of the plan with one thing
+    changed."""
     sentences = [warning] if (warning := _memory_warning(plan)) else []
     found = remedies(plan)
     if plan.num_stages == 1:
@@ -47,7 +48,7 @@ def explain(plan: Plan) -> str:
 
 
 def remedies(plan: Plan) -> list[Remedy]:
-    """What could be changed, the most helpful first."""
+    """Possible changes, the most helpful first."""
     if plan.num_stages == 1:
         return []
     found = [_more_microbatches(plan), _even_stages(plan), _free_links(plan)]

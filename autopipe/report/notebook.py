@@ -1,4 +1,4 @@
-"""How a Plan, a Timeline and the report of a run show themselves in a notebook: `_repr_html_`, given to the first two
+"""Notebook views of a Plan, a Timeline and the report of a run: `_repr_html_`, given to the first two
 here, where reports are made.
 
 The classes stand before this package in the order of imports, so they cannot make their reports themselves.

@@ -65,7 +65,7 @@ def samples_per_s(plan: Plan) -> float | None:
 
 
 def plan_figures(plan: Plan) -> dict[str, object]:
-    """What the report adds to a plan."""
+    """Additions of the report to a plan."""
     return {
         "load": loads(plan),
         "samples_per_s": samples_per_s(plan),
@@ -75,12 +75,12 @@ def plan_figures(plan: Plan) -> dict[str, object]:
 
 
 def gap_of(plan: Plan) -> float | None:
-    """How far the step is above the lower bound, as a share of the bound."""
+    """Gap between the step and the lower bound, as a share of the bound."""
     return plan.step_us / plan.lower_bound_us - 1 if plan.lower_bound_us else None
 
 
 def plan_title(plan: Plan) -> str:
-    """What the plan is, in one line."""
+    """The plan in one line."""
     replicas = f", {plan.data_parallel} replicas" if plan.data_parallel > 1 else ""
     estimated = " (estimated costs)" if plan.estimated else ""
     return (

@@ -39,7 +39,7 @@ MODULE_COLUMNS = (
 
 @dataclass(slots=True)
 class ModuleTotals:
-    """What the nodes of a module and of its submodules add up to; a shared parameter counts once."""
+    """Sums over the nodes of a module and of its submodules; a shared parameter counts once."""
 
     name: str
     num_nodes: int = 0

@@ -41,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """What a report says, whatever its format: a title, then tables and sentences in turn."""
+    """Content of a report, whatever its format: a title, then tables and sentences in turn."""
 
     title: str
     parts: tuple[Table | str, ...]

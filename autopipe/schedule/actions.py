@@ -1,4 +1,4 @@
-"""What a schedule is: for each rank a list of actions, as plain values in torch's spelling."""
+"""A schedule: for each rank a list of actions, as plain values in torch's spelling."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def check_rank(schedule: Schedule, rank: int) -> None:
 
 
 class _Walk:
-    """What is there after each action of a rank's list."""
+    """State after each action of a rank's list."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.rank, self.forward_only = rank, not KINDS[schedule.kind].has_backward

@@ -1,4 +1,4 @@
-"""What a schedule costs: times of stages and links, bytes of activations, all for one micro-batch."""
+"""Costs of a schedule: times of stages and links, bytes of activations, all for one micro-batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Self
 from autopipe.schedule.actions import Action, Edge
 
 Link = tuple[float, float | None]
-"""How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes
+"""Microseconds that a transfer forward and its gradient back hold the link; None if no gradient comes
 back."""
 
 SPLIT_SHARE = 0.08
-"""How much longer a plan's backward takes in two parts than in one, since activations are read twice: of CPUs the least
+"""Extra time of a plan's backward in two parts, since activations are read twice: of CPUs the least
 that was measured, for devices on which nothing was."""
 CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US = 0.25, 20.0
 """The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between
@@ -57,7 +57,7 @@ class Costs:
         )
 
     def duration_us(self, action: Action) -> float:
-        """How long a compute holds its rank, or a send its link; 0 for a reduction and for a link without a cost."""
+        """Time that a compute holds its rank, or a send its link; 0 for a reduction and for a link without a cost."""
         match action.kind:
             case "F":
                 return self.forward_us[action.stage]

@@ -1,4 +1,4 @@
-"""What a step takes without devices: schedules played against costs, a fast step time for the planner, and a lower
+"""Simulated steps, without devices: schedules played against costs, a fast step time for the planner, and a lower
 bound."""
 
 from autopipe.schedule.costs import Costs

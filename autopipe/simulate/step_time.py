@@ -61,7 +61,7 @@ def step_time_us(
 
 
 def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float], num_ranks: int) -> float:
-    """When the last sum over the replicas ends: on a rank one stage after the other, in the order of their last
+    """End of the last sum over the replicas: on a rank one stage after the other, in the order of their last
     backwards."""
     K = len(reduce_us)
     last = [0.0] * K
@@ -79,7 +79,7 @@ def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float]
 
 
 def _ends(rows: tuple[Row, ...], duration_us: list[float]) -> list[float]:
-    """When each row ends."""
+    """End of each row."""
     end = [0.0]
     append = end.append
     for first, second, third, duration in rows:

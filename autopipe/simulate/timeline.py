@@ -1,4 +1,4 @@
-"""What happened when: the same record for a simulated and for a measured step."""
+"""Events of a step and their times: the same record for a simulated and for a measured step."""
 
 from __future__ import annotations
 

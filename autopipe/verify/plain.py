@@ -26,7 +26,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """How the step is run on both sides: with a surrogate loss or the model's own, and with dropout off or not."""
+    """Settings of the step on both sides: with a surrogate loss or the model's own, and with dropout off or not."""
 
     surrogate: bool
     without_dropout: bool
@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainStep:
-    """What the plain model computed; the gradient of a parameter that got none is None."""
+    """Results of the plain model; the gradient of a parameter that got none is None."""
 
     call: Call
     num_microbatches: int

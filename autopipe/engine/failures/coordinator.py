@@ -38,7 +38,7 @@ def beat_every(heartbeat_s: float) -> float:
 
 
 def verdict(silent_s: float, heartbeat_s: float, state: State | None) -> str:
-    """What to think of a rank: `well`, `busy` (silent, but it runs), `stopped`, `gone`, or `silent` (nothing can be
+    """State of a rank: `well`, `busy` (silent, but it runs), `stopped`, `gone`, or `silent` (nothing can be
     seen of it)."""
     if heartbeat_s <= 0 or silent_s < heartbeat_s:
         return "well"

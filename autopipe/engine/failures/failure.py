@@ -1,4 +1,4 @@
-"""What a failure is, as all ranks name it: rank, stage, phase, and the message; and what was only noticed of
+"""A failure, as all ranks name it: rank, stage, phase, and the message; and what was only noticed of
 another's."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def phase_of(action: Action) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What went wrong on one rank.
+    """An error of one rank.
 
     Attributes:
         rank: the rank it went wrong on.

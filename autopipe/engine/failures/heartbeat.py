@@ -37,7 +37,7 @@ class Here(Protocol):
         ...
 
     def place(self) -> RankPhase:
-        """Where this rank is now."""
+        """The present phase of this rank."""
         ...
 
     def heard(self, first: Failure) -> bool:

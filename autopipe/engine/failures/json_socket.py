@@ -33,8 +33,8 @@ class JsonSocket:
         return False
 
     def receive(self) -> list[Message] | None:
-        """What has arrived, after the socket was found readable; None where the other end is gone or sends no
-        messages."""
+        """The messages that have arrived, after the socket was found readable; None where the other end is gone or
+        sends no messages."""
         try:
             data = self.sock.recv(MAX_LINE)
         except (BlockingIOError, InterruptedError, TimeoutError):

@@ -27,7 +27,7 @@ KEPT_DURATIONS, TOLD_FROM = 32, 3
 
 
 class RankMonitor:
-    """Where this rank is, and what has failed first. With one process there is nobody to tell.
+    """Tracks the phase of this rank, and the first failure of any. With one process there is nobody to tell.
 
     Attributes:
         stage: the (first) stage of this rank, once it is known.
@@ -97,7 +97,7 @@ class RankMonitor:
         self.enter(before)
 
     def place(self) -> RankPhase:
-        """Where this rank is now."""
+        """The present phase of this rank."""
         what, waiting, since, serial = self._what
         key = (what.kind, what.stage) if isinstance(what, Action) else what
         durations = list(self._durations.get(key, ()))

@@ -1,4 +1,4 @@
-"""What can be seen of another process on this host: whether it runs, is stopped, or is gone."""
+"""The visible state of another process on this host: it runs, is stopped, or is gone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def host_identity() -> str:
 
 
 def started_at(pid: int) -> str:
-    """When a process was started, in clock ticks since boot; with the pid it names one process for good. Empty without
+    """Start time of a process, in clock ticks since boot; with the pid it names one process for good. Empty without
     `/proc`."""
     fields = _stat(pid)
     return fields[19] if fields else ""

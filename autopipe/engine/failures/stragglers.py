@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting, from what all ranks say of themselves; said once, as a warning."""
+"""Finds the rank that keeps the others waiting, from what all ranks report; warns once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 SLOW_FACTOR = 2.0
 SLOW_AFTER_S = 1.0
 SLOW_EXCESS_US = 20e3
-"""What a micro-batch must take longer than it should, before that is worth a warning."""
+"""Extra time of a micro-batch from which a warning is due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPhase:
-    """Where a rank is.
+    """Phase of a rank.
 
     Attributes:
         stage: its stage; None before the model is placed.
@@ -34,13 +34,13 @@ class RankPhase:
 
     @property
     def factor(self) -> float:
-        """How many times longer than usual."""
+        """Factor over the usual time."""
         return self.for_s / self.usual_s if self.usual_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What a stage takes for the forward and backward of one micro-batch, measured over the last steps and as planned,
+    """Time of a stage for the forward and backward of one micro-batch, measured over the last steps and as planned,
     in microseconds."""
 
     stage: int

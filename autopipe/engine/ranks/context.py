@@ -128,7 +128,7 @@ class Context:
                 dist.destroy_process_group()
 
     def interrupt(self) -> None:
-        """What waits for other ranks ends with an error, from any thread."""
+        """End everything that waits for other ranks with an error, from any thread."""
         self.alarm.ring()
         wake(self.groups, self.rank)
 

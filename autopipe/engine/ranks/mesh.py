@@ -1,4 +1,4 @@
-"""Which rank runs what: replicas of the pipeline, and the stages of each rank within a replica."""
+"""The process mesh: replicas of the pipeline, and the stages of each rank within a replica."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autopipe.schedule.kinds import SEVERAL_STAGES_A_RANK, dealt_over_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshShape:
-    """How many stages and replicas the ranks of a launch run, and which rank runs which.
+    """Numbers of stages and replicas of a launch, and the rank that runs each.
 
     Attributes:
         num_stages: K.

@@ -58,7 +58,7 @@ class Unprepared:
 
     @property
     def launch(self) -> Launch:
-        """How the processes are used.
+        """The use of the processes.
 
         Raises:
             EngineError: the planner is to choose it by the first batch.
@@ -100,7 +100,7 @@ class Unprepared:
         return prepared
 
     def _planned(self, batch: Batch, for_output: bool) -> tuple[Launch, Captured, MicroBatch, Plan]:
-        """How the processes are used, the captured graph, the micro-batch that it is of, and its plan."""
+        """The use of the processes, the captured graph, the micro-batch that it is of, and its plan."""
         config, context = self.config, self.context
         capture = partial(
             capture_first, self.model, config=config, context=context, flags=self.training_flags, for_output=for_output

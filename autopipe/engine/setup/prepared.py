@@ -26,7 +26,7 @@ from autopipe.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How the processes of the launch are used.
+    """Use of the processes of the launch.
 
     Attributes:
         mesh: which rank runs which stages of which replica.

@@ -31,7 +31,7 @@ Flow = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """What a message looks like: both ends know it before it is sent (rule 7)."""
+    """Description of a message: both ends know it before it is sent (rule 7)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,7 +54,7 @@ class MessageSpec:
 
     @cached_property
     def packing(self) -> MessageLayout:
-        """How they lie in a lane's block."""
+        """Their layout in a block of shared memory."""
         tensors = [(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors]
         return MessageLayout(tensors, repeated=self.repeated)
 
@@ -78,7 +78,7 @@ class Handle(Protocol):
 
 @dataclass(slots=True)
 class Works:
-    """What torch says of a message: its works, the tensors that it fills, and those that must live until it is gone."""
+    """A message that torch moves: its works, the tensors that it fills, and those that must live until it is gone."""
 
     works: list[Any]
     tensors: list[Tensor]

@@ -16,7 +16,7 @@ _ALIGNED = 64
 
 
 class MessageLayout:
-    """How the tensors of a kind of message lie in a block.
+    """Layout of a message's tensors in a block.
 
     Args:
         tensors: shape, strides and dtype of each; dense.
@@ -87,5 +87,5 @@ class Block:
 
 
 def copies(views: Sequence[Tensor]) -> list[Tensor]:
-    """What a receiver makes of a message's tensors, which are the sender's again afterwards."""
+    """Copies of a message's tensors, which belong to the sender again afterwards."""
     return [view.clone() for view in views]

@@ -26,7 +26,7 @@ from autopipe.engine.failures.interrupt import Alarm
 from autopipe.engine.transport.shm_buffers import Block, MessageLayout, copies
 
 _ANNOUNCED = struct.Struct("=?IQ")
-"""What is said of a message: whether its block is new and comes with the next datagram, its block, and its bytes."""
+"""Header of a message: new-block flag (the block comes with the next datagram), block, and bytes."""
 _GIVEN_BACK = struct.Struct("=I")
 """A block that has been read; several may be given back at once."""
 GIVEN_AT_ONCE, LARGE_BYTES = 4, 2**18
@@ -143,7 +143,7 @@ class ShmReceiver:
             return int.from_bytes(files[0][2], sys.byteorder)
 
     def _received(self, receive: Callable[..., T], *args: int) -> T:
-        """What a call of the socket gives. A reset says, once, that the sender has left without reading what was given
+        """Result of a call of the socket. A reset says, once, that the sender has left without reading what was given
         back; what it sent is there."""
         try:
             return receive(*args)

@@ -1,4 +1,5 @@
-"""Which flows have a lane: those between ranks that share a host and can reach each other's sockets."""
+"""Choice of the flows that go over shared memory: those between ranks that share a host and can reach each other's
+sockets."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _replicas_together(devices: list[int], D: int, P: int) -> tuple[int, ...]:
 
 
 def stage_devices(cluster: Cluster, layout: DeviceLayout, num_stages: int) -> StageDevices:
-    """What each of K stages runs on, stage s on pipeline rank s modulo P: the slowest of its replicas, and of their
+    """Devices of each of K stages, stage s on pipeline rank s modulo P: the slowest of its replicas, and of their
     links.
 
     Gradients are summed by a ring over the replicas (Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009), at the

@@ -43,7 +43,7 @@ ROUNDS, SEVERAL = (2, 4), 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """What is given, and what is left open (None, or several).
+    """The settings that are given, and those that are left open (None, or several).
 
     Attributes:
         global_batch: samples of a step, over all replicas.
@@ -197,7 +197,8 @@ class _Search:
         return self._graphs[size]
 
     def bound_us(self, way: ParallelStrategy) -> float:
-        """What no split can go below on this way, however many stages each rank has and whatever the schedule."""
+        """Lower bound of every split under this strategy, however many stages each rank has and whatever the
+        schedule."""
         graph, P = self.graph(way.microbatch_size), way.layout.num_ranks
         devices = stage_devices(self.cluster, way.layout, P)
         load = load_bound_us(dataclasses.replace(graph, devices=devices), P)

@@ -1,4 +1,4 @@
-"""Which positions of a long order a cut may stand at: few enough for the interval DP, and the cheap ones among them."""
+"""Positions of a long order that a cut may stand at: few enough for the interval DP, and the cheap ones among them."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Rectangles:
 
 
 def entering(readers: Readers, before: IntArray, position: IntArray, end: int, weights: FloatArray) -> Rectangles:
-    """Where a thing is read inside an interval and was not before it: one rectangle for each reader.
+    """Intervals that read a thing first: one rectangle for each reader.
 
     Args:
         before: for each thing, the position that counts as outside: its maker's, or -1.
@@ -84,7 +84,7 @@ def entering(readers: Readers, before: IntArray, position: IntArray, end: int, w
 
 
 def leaving(graph: CostGraph, position: IntArray, weights: FloatArray) -> Rectangles:
-    """Where a tensor is made inside an interval and read after it: one rectangle for each tensor."""
+    """Intervals that make a tensor which is read after them: one rectangle for each tensor."""
     made = position[graph.producer]
     last = made.copy()
     np.maximum.at(last, graph.tensor_readers.owner, position[graph.tensor_readers.node])

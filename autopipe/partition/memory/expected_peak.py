@@ -22,7 +22,7 @@ from profiler.records import Profile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Messages:
-    """What stages send each other.
+    """Messages between stages.
 
     Attributes:
         there, back: (K, K) as `edge_bytes` gives them.
@@ -112,8 +112,8 @@ def _walked(actions: tuple[Action, ...], hold: StageLiveBytes, stage: int, messa
 
 
 def _optimizer_bytes(profile: Profile, graph: CostGraph, memory: MemoryModel, mine: NDArray[np.bool_]) -> float:
-    """What the optimizer makes and drops in its step: torch's Adam on a CPU two tensors like one parameter, elsewhere,
-    where it goes through all parameters at once, one like each."""
+    """Tensors that the optimizer makes and drops in its step: torch's Adam on a CPU two tensors like one parameter,
+    elsewhere, where it goes through all parameters at once, one like each."""
     if memory.states < OPTIMIZER_STATES["adam"]:
         return 0.0
     here = np.unique(graph.param_readers.owner[mine[graph.param_readers.node]])

@@ -18,7 +18,7 @@ Bytes = tuple[FloatArray, FloatArray, FloatArray]
 
 
 class IntervalMemory:
-    """What intervals between the positions of a grid need, under each option of a graph."""
+    """Memory of the intervals between the positions of a grid, under each option of a graph."""
 
     def __init__(self, graph: CostGraph, memory: MemoryModel, order: IntArray, grid: IntArray) -> None:
         self.memory = memory

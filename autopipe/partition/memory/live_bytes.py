@@ -1,4 +1,4 @@
-"""What a stage holds between and within its computes: its nodes are gone through in the order of their backwards.
+"""Bytes that a stage holds between and within its computes: its nodes are gone through in the order of their backwards.
 
 While the backward of a node runs, there are the storages that it or a node before it keeps, its workspace, the
 gradients of values that a later node has read and an earlier one has made, and in the first backward of a step, the
@@ -21,7 +21,7 @@ from profiler.records import Profile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLiveBytes:
-    """What one stage holds, in bytes.
+    """Bytes that one stage holds.
 
     Attributes:
         static_bytes: parameters, buffers and optimizer state.
@@ -79,7 +79,7 @@ class Values(Storages):
 
 
 def stage_hold(values: Values, parts: StageMemory, stage_of: IntArray, stage: int, received: float) -> StageLiveBytes:
-    """What a stage holds under an assignment `stage_of` (n) of the graph's nodes.
+    """Bytes that each stage holds under an assignment `stage_of` (n) of the graph's nodes.
 
     Args:
         parts: `stage_memory` of the same assignment.

@@ -1,4 +1,4 @@
-"""How much memory a stage needs: parameters, gradients, optimizer state, activations in flight and workspace."""
+"""Memory of a stage: parameters, gradients, optimizer state, activations in flight and workspace."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class MemoryModel:
         return np.asarray(in_flight * (micro.saved + micro.received + sent), np.float64)
 
     def workspace_bytes(self, option: RecomputeOption, micro: MicrobatchBytes) -> FloatArray:
-        """What a stage holds beyond these for a while: workspace, messages under way, and a region that is made
+        """Bytes that a stage holds for a while: workspace, messages under way, and a region that is made
         again."""
         kept = micro.kept if option.at_once else 0.0
         return np.asarray(micro.workspace + self.buffer_bytes(micro.received, micro.sent) + kept, np.float64)

@@ -1,4 +1,4 @@
-"""What a stage may compute again in the backward: a profile goes in, classes of nodes come out, the cheapest first.
+"""Options of recompute: the classes of nodes that a stage may compute again, the cheapest first.
 
 A class holds all nodes whose forward takes at most so much time for each byte. Consecutive nodes of a class are a
 region, run under `torch.utils.checkpoint`. The node after a region joins it where all that it keeps for its backward is

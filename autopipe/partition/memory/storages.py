@@ -1,4 +1,4 @@
-"""Who makes, keeps and reads which memory: a profile goes in, arrays over its nodes and pairs of them come out."""
+"""Makers, keepers and readers of each storage, as arrays over a profile's nodes and pairs of them."""
 
 from __future__ import annotations
 

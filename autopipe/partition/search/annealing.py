@@ -30,7 +30,7 @@ COOLED_EVERY = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cooling:
-    """How long and from where to where: temperatures as shares of the mean work of a stage, and a, at the start and at
+    """Length and range of an annealing: temperatures as shares of the mean work of a stage, and a, at the start and at
     the end.
 
     `proposal_s` and `stage_s`: seconds that a proposal takes by itself, and for each stage that the peak is taken over.
@@ -161,7 +161,7 @@ class Walk:
         return np.array(found, np.int64)
 
     def _change(self, v: int, source: int, target: int) -> tuple[float, float]:
-        """What a move adds to the loads of the two stages."""
+        """Change of the loads of the two stages by a move."""
         less, more = -self.work[v], self.work[v]
         stage, maker, readers, number, cost = self.stage, self.maker, self.readers, self.num_readers, self.cost
         for t in self.read[v]:

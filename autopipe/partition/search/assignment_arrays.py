@@ -1,4 +1,4 @@
-"""What many assignments of a small graph cost, and how long their steps take: arrays over assignments, nothing one by
+"""Costs and step times of many assignments of a small graph: arrays over assignments, nothing one by
 one.
 
 The figures are those of `stage_costs`, `stage_memory` and the simulator, to which one assignment after another is given
@@ -29,7 +29,7 @@ Stages = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssignmentCosts:
-    """What A assignments cost: (K, A) busy times of the stages, and for each pair of stages (A) how long its messages
+    """Costs of A assignments: (K, A) busy times of the stages, and for each pair of stages (A) how long its messages
     hold the link.
 
     `sent` and `returned` say whether anything goes from a stage to another, and whether a gradient comes back.

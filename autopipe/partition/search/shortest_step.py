@@ -31,7 +31,7 @@ from autopipe.partition.search.local_moves import polish
 from autopipe.partition.timing import ranked_step_us
 
 SLACKS = (0.002, 0.01, 0.03, 0.1, 0.3)
-"""How much slower than the fastest stage found the slowest may be, in exchange for less traffic."""
+"""Factors by which the slowest stage may be slower than the best found, in exchange for less traffic."""
 LARGE, LARGE_GRID = 1200, 400
 """Nodes from which the DPs run on a grid, and its size."""
 STARTS_MOVED, STALL = 8, 24
