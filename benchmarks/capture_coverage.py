@@ -1,10 +1,9 @@
 """Which models can be captured: every list of models, each model in a process of its own, compared with the plain
 model.
 
-    python benchmarks/capture_coverage.py transformers hard          # runs what has no result yet, into build/coverage/
-    python benchmarks/capture_coverage.py --peers transformers       # the same models through torch.export and
-    pipeline() python benchmarks/capture_coverage.py --write                    # docs/coverage.md and
-    benchmarks/results/coverage.json
+    python benchmarks/capture_coverage.py transformers hard     # runs what has no result yet, into build/coverage/
+    python benchmarks/capture_coverage.py --peers transformers  # the same models through torch.export and pipeline()
+    python benchmarks/capture_coverage.py --write               # docs/coverage.md and benchmarks/results/coverage.json
 
 torchvision and timm need a torch of their own: run these lists in that environment, and `--write` in either.
 """

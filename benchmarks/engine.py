@@ -1,14 +1,15 @@
 """The engine beside its peers: the same layers, split and data under autopipe, torch's Schedule1F1B and DeepSpeed's
 pipeline engine.
 
-    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [--peers
-    autopipe,eager,auto,torch,deepspeed] [-o FILE]
+    python benchmarks/engine.py [compute] [memory] [sleep] [divide] [--rounds 20] [-o FILE]
+        [--peers autopipe,eager,auto,torch,deepspeed]
 
 compute: step times on 2 processes, stages of about 0.4 to 20 ms, and a small GPT-2 with dropout; peers in turn within
-each round. memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
-sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule beside its simulated time, over the link
-that was measured. divide:  how much longer a backward takes in two parts (the simulator's CPU_SPLIT_SHARE and
-CPU_SPLIT_NODE_US).
+         each round.
+memory:  by how much the peak of each of 3 processes grows from 8 to 64 micro-batches of 4 MB, data apart.
+sleep:   stages that sleep, 4 and 8 processes, 8 micro-batches: every schedule with its simulated time, over the link
+         that was measured.
+divide:  how much longer a backward takes in two parts (the simulator's CPU_SPLIT_SHARE and CPU_SPLIT_NODE_US).
 
 One thread a process, gloo. "autopipe" is under 1F1B, as the others are, "eager" is autopipe under eager 1F1B, "auto"
 under the schedule that it takes by itself. "ideal" is (M + K - 1) / M times what the slower stage computes alone

@@ -9,8 +9,8 @@ takes at least
                        f + R + M b,               it waits for the first gradient, then only backwards count
                        M f + R + b,               its last forward has yet to come back
                        [M > w] (M-w+1) t + 2 R,   both of these, and the steady state between
-                       [M > w] max_{j > q} f + R + b + n rt(q, j) + (M-1-n d) b }     rounds through stage j, d
-                       micro-batches each
+                       [M > w] max_{j > q} f + R + b + n rt(q, j) + (M-1-n d) b }
+                                                 rounds through stage j, d micro-batches each
 
 with d = j - q + 1 and n = floor((M-1-w) / d) + 1: B(i) at q, F(i+w) at q, ..., F(i+w) at j, B(i+d) at j, ..., B(i+d) at
 q.

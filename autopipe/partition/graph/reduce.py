@@ -2,10 +2,9 @@
 
 With w the work of a node v and c(v) the bytes of its output, and of its gradient, v may join
 
-    its only neighbour                   where w = 0: one transfer less, and the order of stages still holds;
-    its only predecessor u               where w = 0, u is read by v alone and c(v) <= c(u): what crosses is c(v) for
-    c(u); its only reader x                    where w = 0, v has one predecessor u and c(u) <= c(v): what crosses is
-    c(u) for c(v).
+    its only neighbour      if w = 0: one transfer less, and the order of stages still holds;
+    its only predecessor u  if w = 0, u is read by v alone and c(v) <= c(u): c(v) crosses instead of c(u);
+    its only reader x       if w = 0, v has one predecessor u and c(u) <= c(v): c(u) crosses instead of c(v).
 
 No largest load gets worse by such a move, so the least largest load of the merged graph, empty stages allowed, is a
 lower bound for the graph itself. A move can need more memory; under a limit only nodes that hold nothing are merged.
