@@ -28,7 +28,7 @@ _PRELOADED = (
     "scenarios.pipelines",
 )
 Results = list[tuple[str, Any]]
-"""For each rank ("ok", result), ("raised", traceback), ("died", exit code), ("hung", "") or ("did not exit after", ...)."""
+"""For each rank ("ok", result), ("raised", traceback), ("died", exit code), ("hung", "") or ("did not exit", ...)."""
 
 
 def preload(*modules: str) -> None:
@@ -76,14 +76,14 @@ def try_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         for rank, process in enumerate(processes):
             process.join(EXIT_WITHIN_S)
             if process.is_alive() and results[rank][0] != "hung":
-                results[rank] = ("did not exit after", results[rank])
+                results[rank] = ("did not exit", results[rank])
         return results
     finally:
         end(processes)
 
 
 def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tuple[list[Connection], list[Any]]:
-    """Start `function(*args)` on every rank; return the pipes of the results, and the processes for the caller to end."""
+    """Start `function(*args)` on every rank; return result pipes and processes, which the caller ends."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
