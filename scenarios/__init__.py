@@ -1,2 +1,4 @@
-"""What tests and benchmarks share: models, hard cases, random profiles, a launcher, and references. It imports neither
-of them."""
+"""What tests and benchmarks share: models, hard cases, random profiles, a launcher, and references.
+
+It imports neither of them.
+"""

@@ -1,5 +1,4 @@
-"""All assignments of a small graph at once: their loads, peaks and steps in arrays that follow from the profile, and
-from nothing of the planner."""
+"""All assignments of a small graph at once: loads, peaks and steps, in arrays that use nothing of the planner."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Starts a function on several gloo processes, with a timeout that kills them all, and gives back what each
-returned."""
+"""Runs a function on several gloo processes, with a timeout that kills them all, and returns each result."""
 
 from __future__ import annotations
 
@@ -29,12 +28,11 @@ _PRELOADED = (
     "scenarios.pipelines",
 )
 Results = list[tuple[str, Any]]
-"""For each rank ("ok", result), ("raised", traceback), ("died", exit code), ("hung", "") or ("did not exit after", one
-of these)."""
+"""For each rank ("ok", result), ("raised", traceback), ("died", exit code), ("hung", "") or ("did not exit", ...)."""
 
 
 def preload(*modules: str) -> None:
-    """Lets the servers that processes are forked from import more. Only before the first of them is started."""
+    """Let the servers that processes are forked from import more. Only before the first of them is started."""
     for server in _SERVERS:
         server.set_forkserver_preload([*_PRELOADED, *modules])
 
@@ -78,15 +76,14 @@ def try_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         for rank, process in enumerate(processes):
             process.join(EXIT_WITHIN_S)
             if process.is_alive() and results[rank][0] != "hung":
-                results[rank] = ("did not exit after", results[rank])
+                results[rank] = ("did not exit", results[rank])
         return results
     finally:
         end(processes)
 
 
 def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tuple[list[Connection], list[Any]]:
-    """Start `function(*args)` on every rank; return the pipes of the results, and the processes, which are the caller's
-    to end."""
+    """Start `function(*args)` on every rank; return result pipes and processes, which the caller ends."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
@@ -107,8 +104,7 @@ def start_process(rank: int, function: Callable[..., Any], *args: Any) -> Any:
 
 @contextlib.contextmanager
 def _hashing_like(rank: int) -> Iterator[None]:
-    """Neighbouring ranks hash strings differently, as under torchrun, so that what depends on the order of a set
-    differs too."""
+    """Let neighbouring ranks hash strings differently, as under torchrun: the order of a set differs too."""
     number = rank % NUM_SEEDS
     server, seed = _SERVERS[number], {"PYTHONHASHSEED": str(number + 1)}
     connect = mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process)

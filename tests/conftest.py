@@ -1,5 +1,7 @@
-"""`pytest -m fast`: the tests of half a minute, for while one writes. They are all of `tests/pure` but those that
-search long, and a few of `tests/single`; which ones is decided here and nowhere else."""
+"""Marks the tests of `pytest -m fast`, which take half a minute together.
+
+They are all of `tests/pure` but those that search long, and a few of `tests/single`. Which ones is decided here alone.
+"""
 
 from __future__ import annotations
 

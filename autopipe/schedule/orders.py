@@ -103,11 +103,9 @@ def zero_bubble_h1(num_stages: int, num_microbatches: int, num_ranks: int) -> Or
 
 # Interleaved 1F1B, 2 ranks with 2 stages each and 4 micro-batches; stage:micro-batch, a backward as b and both:
 #
-#     time ─▶
-#     rank 0  0:0 0:1 2:0 2:1 0:2 ... b20 b20 0:3 b21 b21 2:2 b00 b00 2:3 b01 b01 ... b22 b22 ... b23 b23 b02 b02 b03
-# b03
-#     rank 1  ... 1:0 1:1 3:0 b30 b30 3:1 b31 b31 1:2 b10 b10 1:3 b11 b11 3:2 b32 b32 3:3 b33 b33 b12 b12 b13 b13 ...
-# ...
+# time ─▶
+# rank 0  0:0 0:1 2:0 2:1 0:2 ... b20 b20 0:3 b21 b21 2:2 b00 b00 2:3 b01 b01 ... b22 b22 ... b23 b23 b02 b02 b03 b03
+# rank 1  ... 1:0 1:1 3:0 b30 b30 3:1 b31 b31 1:2 b10 b10 1:3 b11 b11 3:2 b32 b32 3:3 b33 b33 b12 b12 b13 b13 ... ...
 #
 # Micro-batches go in groups of at least as many as ranks: a rank runs a group through its first stage, then through its
 # next. The warm-up is longer, but filling and draining waits for stages that are V times shorter, V being the stages of

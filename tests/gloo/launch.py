@@ -1,8 +1,7 @@
-"""Runs a function on several gloo processes that tests share, and plans quickly there unless a test asks for
-measurements.
+"""Runs a function on several gloo processes that tests share; they plan quickly unless a test asks for measurements.
 
-What a first engine of a process imports takes longer than most tests. Tests that kill ranks or look at how they end use
-`try_ranks`, which forks new ones.
+What a first engine of a process imports takes longer than most tests. Tests that kill ranks or look at how they end
+use `try_ranks`, which forks new ones.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def run_ranks(
 def run_in_turn(
     num_ranks: int, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], *, measured: bool = False
 ) -> list[list[Any]]:
-    """Run functions one after another in one launch, which is quicker than a launch each; return for each call the
-    results by rank."""
+    """Run functions one after another in one launch; return for each call the results by rank."""
     ranks = run_ranks(_in_turn, num_ranks, list(calls), timeout_s=240.0, measured=measured)
     return [[rank[i] for rank in ranks] for i in range(len(calls))]
 

@@ -1,7 +1,6 @@
-"""Planning without measuring, for tests of what a pipeline computes: nodes cost what their bytes say, on every machine
-the same.
+"""Planning without measuring, for tests of what a pipeline computes: nodes cost what their bytes say.
 
-The planner searches too, for a shorter time.
+The costs are the same on every machine. The planner searches too, for a shorter time.
 """
 
 from __future__ import annotations

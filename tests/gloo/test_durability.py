@@ -21,7 +21,7 @@ def test_layouts_read_each_other_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ran("crash", "--crashes", "4", "--width", "64", folder=tmp_path_factory.mktemp("crash"))
+    return ran("crash", "--crashes", "4", "--width", "128", folder=tmp_path_factory.mktemp("crash"))
 
 
 @pytest.mark.parametrize(("ranks", "asynchronous"), [(1, True), (2, False)])

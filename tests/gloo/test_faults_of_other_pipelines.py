@@ -1,5 +1,4 @@
-"""Faults that were seen in torch's and DeepSpeed's pipelines: none of them is in this one. Nothing fails here but the
-others.
+"""Faults that were seen in torch's and DeepSpeed's pipelines, and are not in this one.
 
 The table in `docs/comparison.md` names these tests and those elsewhere.
 """

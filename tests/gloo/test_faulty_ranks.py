@@ -1,7 +1,7 @@
-"""Ranks that fail in one phase of a step (a small part of `benchmarks/durability faults`), leave early, differ in
-version, or are slow.
+"""Ranks that fail in one phase of a step, leave early, differ in version, or are slow.
 
-The right rank is named on all others. What a user does wrong is in `test_errors_on_every_rank.py`.
+The first are a small part of `benchmarks/durability faults`. The right rank is named on all others. What a user does
+wrong is in `test_errors_on_every_rank.py`.
 """
 
 from __future__ import annotations

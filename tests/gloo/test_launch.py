@@ -1,5 +1,4 @@
-"""Ranks that tests share: what a test changes in its process is gone in the next, and a process that cannot be cleaned
-is not used again."""
+"""Ranks that tests share: a change to a process is gone in the next test, or the process is not used again."""
 
 from __future__ import annotations
 
