@@ -1,4 +1,4 @@
-"""What a plan is: which nodes run on which stage, what that costs, and its JSON form (`autopipe.plan/1`)."""
+"""A plan: which nodes run on which stage, what that costs, and its JSON form (`autopipe.plan/1`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from autopipe.schedule.kinds import DEFAULT, KINDS, TRAINING, dealt_over_ranks
 from profiler.records import LinkProfile, read_json
 
 MAX_NUMBER = 2**63
-"""No time, size or count in a file is as large."""
+"""Limit of every time, size and count in a file."""
 PLAN_SCHEMA = "autopipe.plan/1"
 RECOMPUTE = ("auto", "none", "full")
-"""What is computed again in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
+"""Recompute in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 
 
@@ -38,12 +38,12 @@ class StagePlan:
         peak_bytes: the memory that it needs: parameters, gradients, optimizer state, activations in flight, workspace;
             what a memory limit is compared with.
         expected_peak_bytes: the most that it holds at one time, going through its actions one by one: what a run is
-            compared with; 0 where it is not known.
+            compared with; 0 if it is not known.
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
         recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed
             again in the backward up to the last tensor that is kept.
         reduce_us: time of summing its gradients over the replicas, after its last backward.
-        memory_limit_bytes: memory of its device where devices differ; 0: the plan's.
+        memory_limit_bytes: memory of its device if devices differ; 0: the plan's.
     """
 
     index: int
@@ -68,11 +68,10 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What crosses from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader
-    directly.
+    """The tensors `nodes` that cross from one stage to another, for one micro-batch, producer to reader directly.
 
     `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over,
-    where it is not the plan's.
+    if it is not the plan's.
     """
 
     source: int
@@ -143,12 +142,12 @@ class Plan:
         imbalance: compute time of the slowest stage over the mean of all stages, minus 1.
         microbatch_size: samples in a micro-batch.
         link: latency, bandwidth and overlap that were assumed between stages.
-        memory_limit_bytes: memory of each device, 0 where none was given.
+        memory_limit_bytes: memory of each device, 0 if none was given.
         device: device of the profile.
         estimated: some costs were estimated, not measured.
         baselines: the splits that a user would otherwise make.
         ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
-        scaling: how times follow the micro-batch size where the plan's is not the profile's: `affine`, from profiles of
+        scaling: how times follow the micro-batch size if the plan's is not the profile's: `affine`, from profiles of
             two sizes, or `proportional`, an assumption; empty: as measured.
         candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
         search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not
@@ -189,7 +188,7 @@ class Plan:
 
     @property
     def plan_hash(self) -> str:
-        """Identifies what a run must agree on: the graph, its cuts and the schedule; costs are left out."""
+        """Hash of what all ranks of a run must agree on: the graph, its cuts and the schedule; costs are left out."""
         parts = [
             self.graph_hash,
             self.num_stages,
@@ -209,7 +208,7 @@ class Plan:
         return {name: stage.index for stage in self.stages for name in stage.nodes}
 
     def diff(self, other: Plan) -> dict[str, tuple[int, int]]:
-        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 where a plan has
+        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 if a plan has
         no such node."""
         mine, theirs = self.stage_of, other.stage_of
         names = [*mine, *(n for n in theirs if n not in mine)]
@@ -224,7 +223,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Reads a plan.
+        """Read a plan.
 
         Raises:
             PlanError: an unknown schema, a missing or misspelt value, a negative number, a node on two stages.
@@ -254,12 +253,12 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
+        """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a plan from a JSON file.
+        """Read a plan from a JSON file.
 
         Raises:
             PlanError: the file is not there, is not JSON, or is not a valid plan.

@@ -1,5 +1,8 @@
-"""What people see: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a
-picture."""
+"""Reports for people: tables, pages, pictures and traces.
+
+A plan, a profile, a timeline or the measured steps of a run become text, CSV, Markdown, HTML, SVG or a trace. Read
+`tables.py` first, then `plans.py`.
+"""
 
 from autopipe.report.explain import explain
 from autopipe.report.formats import plan_report

@@ -44,7 +44,7 @@ def candidate_table(plan: Plan) -> Table:
 
 
 def why(plan: Plan) -> str:
-    """What the step of the chosen way consists of, what the next other way takes, and what none can go below."""
+    """Parts of the chosen way's step, time of the next other way, and the lower bound of all."""
     best = plan.candidates[0]
     compute = plan.num_microbatches * max(s.forward_us + s.backward_us for s in plan.stages) / 1e3
     if best.num_stages > best.num_ranks:

@@ -1,4 +1,4 @@
-"""A plan goes in; one or two sentences come out: what holds the step back, by how much, and what would help most."""
+"""Explain a plan in one or two sentences: what slows the step, by how much, and what would help most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Remedy:
     """A change of the plan that was simulated.
 
     Attributes:
-        cause: what holds the step back.
+        cause: what slows the step.
         advice: what to change.
         saving: the share of the time of a sample that the change saves.
     """
@@ -30,7 +30,7 @@ class Remedy:
 
 
 def explain(plan: Plan) -> str:
-    """What holds the step back and what would help most, from simulations of the plan with one thing changed."""
+    """Explain what slows the step and what would help most, from simulations of the plan with one thing changed."""
     sentences = [warning] if (warning := _memory_warning(plan)) else []
     found = remedies(plan)
     if plan.num_stages == 1:
@@ -47,7 +47,7 @@ def explain(plan: Plan) -> str:
 
 
 def remedies(plan: Plan) -> list[Remedy]:
-    """What could be changed, the most helpful first."""
+    """Possible changes, the most helpful first."""
     if plan.num_stages == 1:
         return []
     found = [_more_microbatches(plan), _even_stages(plan), _free_links(plan)]

@@ -1,5 +1,4 @@
-"""A plan goes in; tables and sentences come out: a row a stage, the figures of the step, the usual splits beside it, an
-explanation."""
+"""Report of a plan: a row for each stage, the figures of the step, the usual splits for comparison, an explanation."""
 
 from __future__ import annotations
 
@@ -59,13 +58,13 @@ def loads(plan: Plan) -> list[float]:
 
 
 def samples_per_s(plan: Plan) -> float | None:
-    """Samples trained in a second, the optimizer apart; None where the step takes no time."""
+    """Samples trained in a second, the optimizer apart; None if the step takes no time."""
     samples = plan.microbatch_size * plan.num_microbatches * plan.data_parallel
     return samples / plan.step_us * 1e6 if plan.step_us else None
 
 
 def plan_figures(plan: Plan) -> dict[str, object]:
-    """What the report adds to a plan."""
+    """The figures that the report adds to a plan."""
     return {
         "load": loads(plan),
         "samples_per_s": samples_per_s(plan),
@@ -75,12 +74,12 @@ def plan_figures(plan: Plan) -> dict[str, object]:
 
 
 def gap_of(plan: Plan) -> float | None:
-    """How far the step is above the lower bound, as a share of the bound."""
+    """Gap between the step and the lower bound, as a share of the bound."""
     return plan.step_us / plan.lower_bound_us - 1 if plan.lower_bound_us else None
 
 
 def plan_title(plan: Plan) -> str:
-    """What the plan is, in one line."""
+    """Summary of the plan in one line."""
     replicas = f", {plan.data_parallel} replicas" if plan.data_parallel > 1 else ""
     estimated = " (estimated costs)" if plan.estimated else ""
     return (
@@ -149,7 +148,7 @@ def link_words(plan: Plan) -> str:
 
 
 def split_table(plan: Plan) -> Table:
-    """The plan beside the splits that one would otherwise make."""
+    """Table of the plan and the splits that one would otherwise make."""
     limit = plan.memory_limit_bytes
 
     def row(name: str, step_us: float, imbalance: float, bubble: float, peak_bytes: int) -> tuple[Cell, ...]:

@@ -1,4 +1,4 @@
-"""A profile goes in; its report comes out: the module tree with totals and shares, and the nodes, slowest first."""
+"""Report of a profile: the module tree with totals and shares, and the nodes, slowest first."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODULE_COLUMNS = (
 
 @dataclass(slots=True)
 class ModuleTotals:
-    """What the nodes of a module and of its submodules add up to; a shared parameter counts once."""
+    """Totals of the nodes of a module and of its submodules; a shared parameter counts once."""
 
     name: str
     num_nodes: int = 0
@@ -120,7 +120,7 @@ def _ancestors(module: str) -> Iterator[str]:
 
 
 def _param_bytes(profile: Profile, node: NodeProfile) -> dict[str, float]:
-    """Size of each parameter that a node reads; its bytes in equal parts where the profile does not list them."""
+    """Size of each parameter that a node reads; its bytes in equal parts if the profile does not list them."""
     even = node.param_bytes / len(node.params) if node.params else 0.0
     return {n: profile.parameters[n].bytes if n in profile.parameters else even for n in node.params}
 

@@ -1,5 +1,4 @@
-"""A trace file goes in, as `engine.trace(path)` and `autopipe simulate -o trace.json` write it; its timeline comes
-out."""
+"""Read a timeline from a trace that `engine.trace(path)` or `autopipe simulate -o trace.json` wrote."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Tables and sentences go in; text, CSV, Markdown or HTML comes out. JSON is each report's own: raw bytes and
-microseconds."""
+"""Render tables and sentences as text, CSV, Markdown or HTML; JSON is each report's own, in bytes and microseconds."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """What a report says, whatever its format: a title, then tables and sentences in turn."""
+    """Content of a report, whatever its format: a title, then tables and sentences in turn."""
 
     title: str
     parts: tuple[Table | str, ...]

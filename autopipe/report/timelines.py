@@ -1,4 +1,4 @@
-"""A timeline goes in; its report comes out: a row a rank, and in HTML the picture above it."""
+"""Report of a timeline: a row for each rank, and in HTML the picture above it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A kind of schedule, a stage graph and costs go in; the actions of every rank, taken from one global order, come
-out."""
+"""Build a schedule: the actions of every rank, taken from one global order."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def build_schedule(
     reductions: Iterable[Sequence[int]] = (),
     num_ranks: int | None = None,
 ) -> Schedule:
-    """The schedule of `num_microbatches` micro-batches over `num_stages` stages.
+    """Build the schedule of `num_microbatches` micro-batches over `num_stages` stages.
 
     The lists of the ranks are restrictions of one topological order of all computes, transfers and reductions, so that
     no order of queues can deadlock: the smallest unfinished event can always run. That order is taken from a simulation
@@ -32,7 +31,7 @@ def build_schedule(
         kind: `1f1b`, `eager-1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
         num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
         edges: which stages send to which, each pair once.
-        costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.
+        costs: times of the stages and links, in microseconds; None: even stages and fast links.
         reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of
             them.
         num_ranks: of `interleaved` and `forward`, the ranks over which the stages are dealt in turn; as many as stages
@@ -64,7 +63,7 @@ def build_schedule(
 
 
 def _global_order(program: Program, times: list[float], groups: tuple[tuple[int, ...], ...]) -> tuple[Action, ...]:
-    """Events by time, where equal in the topological order of the program; each reduction after its last backward."""
+    """Events by time, ties in the topological order of the program; each reduction after its last backward."""
     by_time = sorted(range(len(times)), key=times.__getitem__)
     last_backward: dict[int, int] = {}
     for position, index in enumerate(by_time):

@@ -1,5 +1,4 @@
-"""A schedule goes in; it is proved to lose nothing, to use nothing too early and to be free of deadlock, or an error
-names the fault.
+"""Prove that a schedule loses nothing, uses nothing too early and is free of deadlock.
 
 Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue
 for computes and transfers alike. If the lists run to their end under this reading, the order in which they ran is a
@@ -17,7 +16,7 @@ from autopipe.schedule.kinds import KINDS
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Proves a schedule, in time linear in its number of actions.
+    """Prove a schedule, in time linear in its number of actions.
 
     Proved: every compute runs once, a backward after its forward; every tensor is sent once and received once, in the
     same sequence at both ends of an edge; nothing is used before it arrives; at most two receives of an edge wait for
@@ -104,7 +103,7 @@ def _check_reductions(schedule: Schedule) -> None:
 
 
 def _check_deadlock(schedule: Schedule) -> None:
-    """Plays the lists with one queue a rank and blocking sends: an event runs when all its ranks have reached it."""
+    """Play the lists with one queue a rank and blocking sends: an event runs when all its ranks have reached it."""
     position = [0] * schedule.num_ranks
     runnable = list(range(schedule.num_ranks))
     while runnable:

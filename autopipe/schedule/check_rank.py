@@ -1,5 +1,4 @@
-"""One rank's list goes in; it is proved in order of uses, in posted receives and in live activations, or an error names
-the fault."""
+"""Check one rank's list: the order of uses, the posted receives and the live activations."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same
 
 
 def fault(got: str, expected: str, where: str) -> ScheduleError:
-    """The error of a schedule that is not right."""
+    """Return the error of a faulty schedule."""
     return ScheduleError(got, expected=expected, where=where, remedy=REMEDY)
 
 
@@ -34,7 +33,7 @@ def live_bound(schedule: Schedule, rank: int) -> int:
 
 
 def check_rank(schedule: Schedule, rank: int) -> None:
-    """Proves what a rank's list must satisfy by itself.
+    """Check what a rank's list must satisfy by itself.
 
     Raises:
         ScheduleError: a tensor is used before it is received or sent before it is made, a backward comes before its
@@ -51,7 +50,7 @@ def check_rank(schedule: Schedule, rank: int) -> None:
 
 
 class _Walk:
-    """What is there after each action of a rank's list."""
+    """The tensors that are there after each action of a rank's list."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.rank, self.forward_only = rank, not KINDS[schedule.kind].has_backward

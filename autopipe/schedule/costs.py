@@ -1,4 +1,4 @@
-"""What a schedule costs: times of stages and links, bytes of activations, all for one micro-batch."""
+"""Costs that a schedule is played with: times of stages and links, bytes of activations, all for one micro-batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Self
 from autopipe.schedule.actions import Action, Edge
 
 Link = tuple[float, float | None]
-"""How long a transfer forward and its gradient back hold the link, in microseconds; None where no gradient comes
+"""Times that a transfer forward and its gradient back hold the link, in microseconds; None if no gradient comes
 back."""
 
 SPLIT_SHARE = 0.08
-"""How much longer a plan's backward takes in two parts than in one, since activations are read twice: of CPUs the least
+"""Extra share of a plan's backward in two parts over one, since activations are read twice: of CPUs the least
 that was measured, for devices on which nothing was."""
 CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US = 0.25, 20.0
 """The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between
@@ -34,7 +34,7 @@ class Costs:
         activation_bytes: what each stage keeps from the forward of a micro-batch to its backward.
         static_bytes: what each stage holds all the time.
         reduce_us: time of summing the gradients of each stage over the replicas, after its last backward; empty: none.
-        weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
+        weight_share: the part of the backward that computes weight gradients, if the schedule splits it (I and W).
         split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
     """
 
@@ -57,7 +57,7 @@ class Costs:
         )
 
     def duration_us(self, action: Action) -> float:
-        """How long a compute holds its rank, or a send its link; 0 for a reduction and for a link without a cost."""
+        """Return the time a compute holds its rank or a send its link; 0 for a reduction and a link without a cost."""
         match action.kind:
             case "F":
                 return self.forward_us[action.stage]
@@ -75,5 +75,5 @@ class Costs:
                 return 0.0
 
     def _divided_us(self, stage: int) -> float:
-        """Both parts of a stage's backward."""
+        """Return the time of both parts of a stage's backward."""
         return self.backward_us[stage] + (self.split_us[stage] if self.split_us else 0.0)

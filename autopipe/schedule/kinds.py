@@ -54,7 +54,7 @@ class ScheduleKind:
     torch: str | None
 
     def fits(self, num_stages: int, num_ranks: int) -> bool:
-        """Return whether it is the right kind for these stages on these ranks."""
+        """Return whether it can deal these stages over these ranks."""
         return num_stages > num_ranks if self.several_stages_a_rank else num_stages == num_ranks
 
 

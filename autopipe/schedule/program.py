@@ -1,5 +1,4 @@
-"""Compute orders and a stage graph go in, one dependency graph of computes and transfers comes out, with its earliest
-times."""
+"""Unroll compute orders and a stage graph into one graph of computes and transfers, with its earliest times."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ class _Flow:
 
 
 def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
-    """Each edge is a flow of activations and, where gradients come back, one of gradients: (send, from stage, to
-    stage)."""
+    """Return the flows of edges: one of activations each, and one of gradients if gradients come back."""
     flows: list[tuple[Kind, int, int]] = [("SEND_F", e.source, e.target) for e in edges]
     if not forward_only:
         flows += [("SEND_B", e.target, e.source) for e in edges if e.backward]
@@ -61,7 +59,7 @@ def phase(kind: Kind) -> Kind | None:
 
 
 class _Unroller:
-    """Walks the ranks' compute orders and appends every event once what it needs is there."""
+    """Walk the ranks' compute orders and append every event once what it needs is there."""
 
     def __init__(self, orders: Orders, edges: Sequence[Edge], forward_only: bool) -> None:
         self.orders, self.ranks = orders, len(orders)
@@ -90,7 +88,7 @@ class _Unroller:
             raise ScheduleError(
                 f"computes that wait for each other: {', '.join(stuck)}",
                 expected="an order in which every compute can run",
-                remedy="report this schedule, its stages and micro-batches as a fault of autopipe",
+                remedy="report this as a bug in autopipe, with the schedule, its stages and micro-batches",
             )
         return Program(events=tuple(self.events), needs=tuple(self.needs), queued_behind=tuple(self.behind))
 
@@ -116,7 +114,7 @@ class _Unroller:
         return index
 
     def _carry(self, flow: _Flow) -> None:
-        """Appends the transfers that now have both their producer and a slot at the receiver."""
+        """Append the transfers that now have both their producer and a slot at the receiver."""
         while len(flow.carried) < min(len(flow.produced), len(flow.consumed) + MAX_POSTED_RECEIVES):
             message = len(flow.carried)
             if flow.local:
@@ -131,7 +129,7 @@ class _Unroller:
 
 
 def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Program:
-    """The dependency graph of a schedule; a transfer waits for its producer and for a free slot at the receiver.
+    """Return the dependency graph of a schedule; a transfer waits for its producer and for a free slot at the receiver.
 
     Raises:
         ScheduleError: the compute orders wait for each other.
@@ -140,8 +138,7 @@ def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Prog
 
 
 def issue_times_us(program: Program, costs: Costs) -> list[float]:
-    """For each event the time by which it belongs in the global order: of a transfer when it can be issued, of a
-    compute its end.
+    """Return the time of each event by which the global order is sorted: a transfer's issue, a compute's end.
 
     A receive that can be issued while its rank computes thus comes before that compute, and a send right after its
     producer. Both are topological: a compute ends after its transfers were issued, a transfer is issued after its

@@ -1,5 +1,4 @@
-"""A plan goes in; its costs, its schedule, and the timeline of a step come out: the `what if` behind `autopipe
-simulate`."""
+"""Costs, schedule and timeline of a plan, as `autopipe simulate` shows them."""
 
 from __future__ import annotations
 
@@ -90,7 +89,7 @@ def plan_costs(plan: Plan, link: LinkProfile | None = None, num_ranks: int | Non
 
 
 def _split_us(plan: Plan) -> tuple[float, ...]:
-    """How much longer each stage's backward takes in two parts; a stage that sends no gradient back has but one.
+    """Extra time of each stage's backward in two parts; a stage that sends no gradient back has but one.
 
     On a GPU the host walks the graph while the device computes.
     """

@@ -1,5 +1,4 @@
-"""A schedule and costs go in; the actions are played, each rank in its order and each link as a resource, and a
-Timeline comes out."""
+"""Play a schedule against costs: each rank runs its actions in order, each link is a resource."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from autopipe.simulate.timeline import Event, Timeline
 
 
 def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
-    """Plays a schedule as the engine executes it.
+    """Play a schedule as the engine executes it.
 
     A compute holds its rank and starts when the rank has come to it and what it reads has arrived. Sends and receives
     are issued when the rank comes to them and do not hold it; the transfer starts when both ends are issued and its
@@ -113,7 +112,7 @@ def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
 
 
 def count_live(schedule: Schedule) -> tuple[int, ...]:
-    """For each stage, the most micro-batches whose activations are alive at once; 1 where nothing is kept for a
+    """For each stage, the most micro-batches whose activations are alive at once; 1 if nothing is kept for a
     backward."""
     live: Counter[int] = Counter()
     peak: Counter[int] = Counter()

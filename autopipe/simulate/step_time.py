@@ -1,5 +1,4 @@
-"""Times of stages and links go in, the makespan of a step comes out: the planner's objective, called thousands of
-times.
+"""Makespan of a step: the planner's objective, called thousands of times.
 
 The dependency graph of a schedule depends only on its kind, K, M and the stage graph. It is unrolled once into rows of
 (up to three) predecessors and one duration, and then only evaluated: the longest path, the same sums in the same order
@@ -40,8 +39,8 @@ def step_time_us(
             None says that no gradient comes back.
         num_microbatches: M, at least 1.
         schedule: a kind that `build_schedule` knows.
-        num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
-        weight_share: the part of the backward that computes weight gradients, where the schedule splits it.
+        num_ranks: ranks over which the stages are dealt in turn; None: as many as stages.
+        weight_share: the part of the backward that computes weight gradients, if the schedule splits it.
         split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
         reduce_us: of each stage, the sum of its gradients over the replicas, after its last backward.
     """
@@ -61,7 +60,7 @@ def step_time_us(
 
 
 def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float], num_ranks: int) -> float:
-    """When the last sum over the replicas ends: on a rank one stage after the other, in the order of their last
+    """Return the end of the last sum over the replicas: on a rank one stage after the other, in the order of their last
     backwards."""
     K = len(reduce_us)
     last = [0.0] * K
@@ -79,7 +78,7 @@ def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float]
 
 
 def _ends(rows: tuple[Row, ...], duration_us: list[float]) -> list[float]:
-    """When each row ends."""
+    """Return the end of each row."""
     end = [0.0]
     append = end.append
     for first, second, third, duration in rows:

@@ -1,4 +1,4 @@
-"""What happened when: the same record for a simulated and for a measured step."""
+"""Timeline of a step: the same record for a simulated and for a measured one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Timeline:
         events: in the order in which they were issued.
         makespan_us: from the start of the step to the end of its last event.
         bubble: for each rank, the share of the makespan in which it does not compute, from 0 to 1.
-        peak_bytes: for each rank, the most memory that it holds; zeros where sizes are not known.
+        peak_bytes: for each rank, the most memory that it holds; zeros if sizes are not known.
     """
 
     events: tuple[Event, ...]

@@ -1,5 +1,4 @@
-"""The reference: the plain model's loss, gradients and buffers for one batch, micro-batch by micro-batch in this
-process."""
+"""The reference: loss, gradients and buffers of the plain model for one batch, by micro-batches in this process."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """How the step is run on both sides: with a surrogate loss or the model's own, and with dropout off or not."""
+    """Loss and dropout of the step on both sides: a surrogate loss or the model's own, dropout off or not."""
 
     surrogate: bool
     without_dropout: bool
@@ -34,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainStep:
-    """What the plain model computed; the gradient of a parameter that got none is None."""
+    """Results of the plain model; the gradient of a parameter that got none is None."""
 
     call: Call
     num_microbatches: int
@@ -57,7 +56,7 @@ def surrogate_loss(output: Any, _target: Any = None) -> Tensor:
 
 
 def plain_step(build: Callable[[], Any], num_microbatches: int, directory: Path) -> PlainStep:
-    """Builds the model, saves where the ranks are to start, and runs the step.
+    """Build the model, save the state that the ranks start from, and run the step.
 
     Raises:
         ConfigError: the model has neither a loss nor floating outputs, or is random even with dropout off.
@@ -90,7 +89,7 @@ def seed_all(seed: int) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Puts every module in evaluation mode but those whose running statistics a training step updates."""
+    """Put every module in evaluation mode but those whose running statistics a training step updates."""
     for module in model.modules():
         module.training = module.training and isinstance(module, _NormBase)
 
@@ -144,7 +143,7 @@ def _backward(model: nn.Module, microbatches: list[MicroBatch], call: Call) -> f
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """As many threads as the ranks have, so that sums have the same order."""
+    """Use as many threads as the ranks have, so that sums have the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

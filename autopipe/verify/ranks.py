@@ -69,9 +69,9 @@ def _load(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     different = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
     if different:
         raise ConfigError(
-            f"a factory that makes another model each time: {different[0]!r} differs",
+            f"a factory that makes a different model each time: {different[0]!r} differs",
             expected="the same parameters by name and shape in every process",
             where="verify",
-            remedy="let the factory depend on nothing but its code",
+            remedy="make the factory deterministic: the same parameters on every call",
         )
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A plan goes in; bars come out: the load of each stage beside the slowest, and its memory by part beside the limit."""
+"""Bars of a plan: the load of each stage as a share of the slowest, and its memory by part against the limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan goes in; its few most important figures come out as tiles."""
+"""The most important figures of a plan, as tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan, and its profile where there is one, go in; the tensors that cross each cut come out, with sizes and times."""
+"""The tensors that cross each cut of a plan, with sizes if there is a profile, and times."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A plan, and its profile where there is one, go in; the module tree comes out, every module in the colours of its
-stages."""
+"""Module tree of a plan, every module in the colours of its stages, with times if there is a profile."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ class Module:
         return sorted(self.us.keys() | self.params.keys())
 
     def child(self, name: str) -> Module:
-        """The submodule of this name, made where it is not there."""
+        """The submodule of this name, made if it is not there."""
         return self.children.setdefault(name, Module(name))
 
 
