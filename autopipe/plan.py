@@ -129,31 +129,32 @@ class Plan:
         graph_hash: identifies the graph that was cut.
         num_stages, data_parallel, num_microbatches, schedule, zero_stage: how it is run.
         num_ranks: ranks of one replica; 0: one for each stage. Stage s runs on rank s modulo their number.
+        ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
         stages: one record for each stage.
         transfers: the tensors that cross between stages.
         ties: for each parameter that several stages read, its name and these stages.
+        microbatch_size: samples in a micro-batch.
         step_us: simulated time of a training step (all micro-batches, forward and backward), optimizer apart.
-        lower_bound_us: no split into this many stages can be faster under the cost model.
-        objective: what was made small: `step`, the simulated step, or `bottleneck`, the largest load of a stage.
         bottleneck_us: the largest load: compute of one micro-batch on a stage, and its transfers that are not hidden.
-        bottleneck_bound_us: no split into this many stages has a smaller largest load.
-        proved: the plan is optimal under its objective and the cost model.
         bubble: the share of the devices' time in a step in which they wait, from 0 to 1.
         imbalance: compute time of the slowest stage over the mean of all stages, minus 1.
-        microbatch_size: samples in a micro-batch.
         link: latency, bandwidth and overlap that were assumed between stages.
         memory_limit_bytes: memory of each device, 0 if none was given.
         device: device of the profile.
         estimated: some costs were estimated, not measured.
-        baselines: the splits that a user would otherwise make.
-        ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
         scaling: how times follow the micro-batch size if the plan's is not the profile's: `affine`, from profiles of
             two sizes, or `proportional`, an assumption; empty: as measured.
-        candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
+        objective: what was made small: `step`, the simulated step, or `bottleneck`, the largest load of a stage.
+        proved: the plan is optimal under its objective and the cost model.
+        lower_bound_us: no split into this many stages can be faster under the cost model.
+        bottleneck_bound_us: no split into this many stages has a smaller largest load.
         search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not
             known.
+        baselines: the splits that a user would otherwise make.
+        candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
     """
 
+    # The decision: what runs where.
     graph_hash: str
     num_stages: int
     num_microbatches: int
@@ -163,25 +164,29 @@ class Plan:
     schedule: str = DEFAULT
     zero_stage: int = 0
     num_ranks: int = 0
+    ranks: tuple[int, ...] = ()
     ties: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    microbatch_size: int = 1
+
+    # The prediction: figures of a step, and the assumptions behind them.
     step_us: float = 0.0
-    lower_bound_us: float = 0.0
-    objective: str = "step"
     bottleneck_us: float = 0.0
-    bottleneck_bound_us: float = 0.0
-    proved: bool = False
     bubble: float = 0.0
     imbalance: float = 0.0
-    microbatch_size: int = 1
     link: LinkProfile = FREE_LINK
     memory_limit_bytes: int = 0
     device: str = "unknown"
     estimated: bool = False
-    baselines: tuple[Baseline, ...] = ()
-    ranks: tuple[int, ...] = ()
     scaling: str = ""
-    candidates: tuple[Candidate, ...] = ()
+
+    # The proof: how good the decision is, against bounds and other ways.
+    objective: str = "step"
+    proved: bool = False
+    lower_bound_us: float = 0.0
+    bottleneck_bound_us: float = 0.0
     search_bound_us: float = 0.0
+    baselines: tuple[Baseline, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         _validate(self)
