@@ -65,7 +65,7 @@ def verify(
             pipeline_step,
             build,
             directory,
-            plain.call,
+            plain.mode,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
             schedule=schedule,

@@ -92,8 +92,8 @@ def compare(
         num_microbatches=plain.num_microbatches,
         loss=ranks[0].loss,
         plain_loss=plain.loss,
-        surrogate=plain.call.surrogate,
-        without_dropout=plain.call.without_dropout,
+        surrogate=plain.mode.surrogate,
+        without_dropout=plain.mode.without_dropout,
         num_unsaved_buffers=plain.num_unsaved_buffers,
     )
 
