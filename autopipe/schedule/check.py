@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
-from autopipe.schedule.check_rank import Flow, check_rank, fault, flows_of
+from autopipe.schedule.check_rank import check_rank, fault, flows_of
+from autopipe.schedule.event_graph import StageFlow
 from autopipe.schedule.kinds import KINDS
 
 
@@ -55,8 +56,8 @@ def _check_computes(schedule: Schedule) -> None:
 
 
 def _check_transfers(schedule: Schedule) -> None:
-    sent: dict[Flow, list[int]] = defaultdict(list)
-    received: dict[Flow, list[int]] = defaultdict(list)
+    sent: dict[StageFlow, list[int]] = defaultdict(list)
+    received: dict[StageFlow, list[int]] = defaultdict(list)
     for actions in schedule.actions:
         for a in actions:
             if a.kind in RECEIVE_OF:

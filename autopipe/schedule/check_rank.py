@@ -6,12 +6,8 @@ from collections import defaultdict
 
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule
+from autopipe.schedule.event_graph import MAX_POSTED_RECEIVES, StageFlow, flows_of_edges, phase
 from autopipe.schedule.kinds import KINDS
-from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of_edges, phase
-
-Flow = tuple[Kind, int, int]
-"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads
-them."""
 
 REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same arguments on every rank"
 
@@ -21,7 +17,7 @@ def fault(got: str, expected: str, where: str) -> ScheduleError:
     return ScheduleError(got, expected=expected, where=where, remedy=REMEDY)
 
 
-def flows_of(schedule: Schedule) -> list[Flow]:
+def flows_of(schedule: Schedule) -> list[StageFlow]:
     """The flows of a schedule's stage graph, those between stages of one rank included."""
     return flows_of_edges(schedule.edges, not KINDS[schedule.kind].has_backward)
 
@@ -54,12 +50,12 @@ class _Walk:
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.rank, self.forward_only = rank, not KINDS[schedule.kind].has_backward
-        self.local: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
-        self.inward: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
+        self.local: dict[tuple[Kind | None, int], list[StageFlow]] = defaultdict(list)
+        self.inward: dict[tuple[Kind | None, int], list[StageFlow]] = defaultdict(list)
         for flow in flows_of(schedule):
             same_rank = schedule.rank_of(flow[1]) == schedule.rank_of(flow[2])
             (self.local if same_rank else self.inward)[flow[0], flow[2]].append(flow)
-        self.posted: dict[Flow, set[int]] = defaultdict(set)
+        self.posted: dict[StageFlow, set[int]] = defaultdict(set)
         self.computed: set[tuple[Kind | None, int, int]] = set()
         self.live, self.bound = 0, live_bound(schedule, rank)
 

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, Action, Kind, Schedule, sides
 from autopipe.schedule.costs import Costs
+from autopipe.schedule.event_graph import phase
 from autopipe.schedule.kinds import KINDS
-from autopipe.schedule.program import phase
 from autopipe.simulate.timeline import Event, Timeline
 
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from autopipe.schedule.actions import COMPUTES, Edge
 from autopipe.schedule.costs import Link
+from autopipe.schedule.event_graph import EventGraph, unroll
 from autopipe.schedule.kinds import DEFAULT, KINDS
-from autopipe.schedule.program import Program, unroll
 
 Row = tuple[int, int, int, int]
 """Three predecessors (0 is the start of the step) and the index of the duration."""
@@ -102,20 +102,22 @@ def _rows(
     timed_links: bool,
     num_ranks: int,
 ) -> tuple[Row, ...]:
-    graph = [Edge(*edge) for edge in edges]
-    program = unroll(
-        KINDS[kind].orders(num_stages, num_microbatches, num_ranks), graph, forward_only=not KINDS[kind].has_backward
+    stage_edges = [Edge(*edge) for edge in edges]
+    graph = unroll(
+        KINDS[kind].orders(num_stages, num_microbatches, num_ranks),
+        stage_edges,
+        forward_only=not KINDS[kind].has_backward,
     )
-    column = {(e.source, e.target): i for i, e in enumerate(graph)}
-    return _compile(program, num_stages, column, timed_links)
+    column = {(e.source, e.target): i for i, e in enumerate(stage_edges)}
+    return _compile(graph, num_stages, column, timed_links)
 
 
 def _compile(
-    program: Program, num_stages: int, column: dict[tuple[int, int], int], timed_links: bool
+    graph: EventGraph, num_stages: int, column: dict[tuple[int, int], int], timed_links: bool
 ) -> tuple[Row, ...]:
     rows: list[Row] = []
     row_of: list[int] = []
-    for action, needs, behind in zip(program.events, program.needs, program.queued_behind, strict=True):
+    for action, needs, behind in zip(graph.events, graph.needs, graph.queued_behind, strict=True):
         if action.peer >= 0 and not timed_links:
             # A transfer that takes no time never holds its reader up beyond its producer: slots and the link are free
             # by the time the reader's rank comes to it.

@@ -15,8 +15,13 @@ MAX_POSTED_RECEIVES = 2
 """Receives of one flow that may be posted before their compute: the one that is needed next and one ahead of it."""
 
 
+StageFlow = tuple[Kind, int, int]
+"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads
+them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
+class EventGraph:
     """Computes and transfers as a dependency graph, in a topological order.
 
     Attributes:
@@ -32,7 +37,7 @@ class Program:
 
 
 @dataclass(slots=True)
-class _Flow:
+class _FlowEvents:
     """The messages of one edge in one direction, one a micro-batch: event indices of what made, carried and read
     them."""
 
@@ -45,9 +50,9 @@ class _Flow:
     consumed: list[int]
 
 
-def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
+def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[StageFlow]:
     """Return the flows of edges: one of activations each, and one of gradients if gradients come back."""
-    flows: list[tuple[Kind, int, int]] = [("SEND_F", e.source, e.target) for e in edges]
+    flows: list[StageFlow] = [("SEND_F", e.source, e.target) for e in edges]
     if not forward_only:
         flows += [("SEND_B", e.target, e.source) for e in edges if e.backward]
     return flows
@@ -66,14 +71,14 @@ class _Unroller:
         self.events: list[Action] = []
         self.needs: list[tuple[int, ...]] = []
         self.behind: list[int] = []
-        self.inward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
-        self.outward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
+        self.inward: dict[tuple[Kind | None, int], list[_FlowEvents]] = defaultdict(list)
+        self.outward: dict[tuple[Kind | None, int], list[_FlowEvents]] = defaultdict(list)
         for send, source, target in flows_of_edges(edges, forward_only):
-            flow = _Flow(send, source, target, source % self.ranks == target % self.ranks, [], [], [])
+            flow = _FlowEvents(send, source, target, source % self.ranks == target % self.ranks, [], [], [])
             self.inward[send, target].append(flow)
             self.outward[send, source].append(flow)
 
-    def run(self) -> Program:
+    def run(self) -> EventGraph:
         position, last = [0] * self.ranks, [-1] * self.ranks
         moved = True
         while moved:
@@ -90,7 +95,7 @@ class _Unroller:
                 expected="an order in which every compute can run",
                 remedy="report this as a bug in autopipe, with the schedule, its stages and micro-batches",
             )
-        return Program(events=tuple(self.events), needs=tuple(self.needs), queued_behind=tuple(self.behind))
+        return EventGraph(events=tuple(self.events), needs=tuple(self.needs), queued_behind=tuple(self.behind))
 
     def _ready(self, action: Action) -> bool:
         flows = self.inward[phase(action.kind), action.stage]
@@ -113,7 +118,7 @@ class _Unroller:
             self._carry(flow)
         return index
 
-    def _carry(self, flow: _Flow) -> None:
+    def _carry(self, flow: _FlowEvents) -> None:
         """Append the transfers that now have both their producer and a slot at the receiver."""
         while len(flow.carried) < min(len(flow.produced), len(flow.consumed) + MAX_POSTED_RECEIVES):
             message = len(flow.carried)
@@ -128,7 +133,7 @@ class _Unroller:
             flow.carried.append(self._add(action, needs, behind))
 
 
-def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Program:
+def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> EventGraph:
     """Return the dependency graph of a schedule; a transfer waits for its producer and for a free slot at the receiver.
 
     Raises:
@@ -137,7 +142,7 @@ def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Prog
     return _Unroller(orders, edges, forward_only).run()
 
 
-def issue_times_us(program: Program, costs: Costs) -> list[float]:
+def issue_times_us(graph: EventGraph, costs: Costs) -> list[float]:
     """Return the time of each event by which the global order is sorted: a transfer's issue, a compute's end.
 
     A receive that can be issued while its rank computes thus comes before that compute, and a send right after its
@@ -146,7 +151,7 @@ def issue_times_us(program: Program, costs: Costs) -> list[float]:
     """
     end: list[float] = []
     issue: list[float] = []
-    for action, needs, behind in zip(program.events, program.needs, program.queued_behind, strict=True):
+    for action, needs, behind in zip(graph.events, graph.needs, graph.queued_behind, strict=True):
         ready = max((end[i] for i in needs), default=0.0)
         start = max(ready, end[behind]) if behind >= 0 else ready
         end.append(start + costs.duration_us(action))
