@@ -9,12 +9,12 @@ from autopipe.report.formats import plan_report
 from autopipe.report.measured import load_measured, measured_report
 from autopipe.report.notebook import show_in_notebooks
 from autopipe.report.page import plan_page
+from autopipe.report.perfetto import chrome_trace
 from autopipe.report.profiles import profile_report
 from autopipe.report.read_trace import read_trace
 from autopipe.report.svg import timeline_svg
 from autopipe.report.tables import FORMATS
 from autopipe.report.timelines import timeline_report
-from autopipe.report.trace import chrome_trace
 
 __all__ = [
     "FORMATS",

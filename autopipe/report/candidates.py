@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from autopipe.plan import Candidate, Plan
-from autopipe.report.tables import MIB, Column, Table
+from autopipe.report.tables import Column, Table
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="replicas"),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from autopipe.plan import Plan
 from autopipe.report.plans import modules
-from autopipe.report.tables import MIB, Cell, Column, Table
+from autopipe.report.tables import Cell, Column, Table
 from autopipe.schedule import Costs
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="stage"),

@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass
 
 from autopipe.plan import FREE_LINK, Plan
-from autopipe.report.tables import MIB
 from autopipe.simulate import simulate
+from autopipe.units import MIB
 
 WORTH_SAYING = 0.02
 """A saving below this share of the step is noise of the cost model, and is not mentioned."""

@@ -7,8 +7,9 @@ import math
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.candidates import candidate_table, why
 from autopipe.report.explain import explain
-from autopipe.report.tables import MIB, Cell, Column, Table, readable
+from autopipe.report.tables import Cell, Column, Table, readable
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 WHOLE_MODEL = "(model)"
 STAGE_COLUMNS = (

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from autopipe.report.plans import WHOLE_MODEL
-from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
+from autopipe.report.tables import Cell, Column, Document, Table, render
+from autopipe.units import MIB
 from profiler.records import NodeProfile, Profile
 
 SHOWN_NODES = 30

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autopipe.errors import ConfigError
-from autopipe.report.trace import NAMES
+from autopipe.report.perfetto import NAMES
 from autopipe.simulate import Event, Timeline
 from profiler.records import read_json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 
-from autopipe.report.trace import NAMES, row_name
+from autopipe.report.perfetto import NAMES, row_name
 from autopipe.simulate import Event, Timeline
 
 WIDTH, LEFT, RIGHT, TOP, AXIS = 1200, 70, 110, 30, 24

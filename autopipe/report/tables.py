@@ -16,7 +16,6 @@ from autopipe.errors import ConfigError
 
 Format = Literal["table", "json", "csv", "md", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MIB = 2.0**20
 SMALL_MIB = 10.0
 Cell = str | int | float | None
 

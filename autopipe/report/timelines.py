@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from autopipe.report.perfetto import chrome_trace
 from autopipe.report.svg import timeline_svg
-from autopipe.report.tables import MIB, Cell, Column, Document, Table, html_part, page, render
-from autopipe.report.trace import chrome_trace
+from autopipe.report.tables import Cell, Column, Document, Table, html_part, page, render
 from autopipe.simulate import Timeline
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="rank"),

@@ -6,8 +6,8 @@ import html
 
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.plans import modules
-from autopipe.report.tables import MIB
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace")
 GOLDEN_ANGLE = 137.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autopipe.report.trace import NAMES
+from autopipe.report.perfetto import NAMES
 from autopipe.simulate import Timeline
 
 KINDS = tuple(NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from autopipe.plan import Plan, Transfer
-from autopipe.report.tables import MIB
+from autopipe.units import MIB
 from profiler.records import Profile
 
 SHOWN = 6

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from autopipe.plan import Plan
 from autopipe.report.plans import WHOLE_MODEL
-from autopipe.report.tables import MIB
+from autopipe.units import MIB
 from profiler.records import Profile
 
 MAX_ROWS = 400
