@@ -182,7 +182,7 @@ def _format(options: argparse.Namespace, suffixes: dict[str, str]) -> str:
 
 
 def _write(options: argparse.Namespace, text: str) -> None:
-    """To the file, or to stdout if none is named."""
+    """Write to the file, or to stdout if none is named."""
     if options.output:
         _save(options, text)
     elif not options.quiet:

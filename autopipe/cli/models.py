@@ -48,7 +48,7 @@ def load_example(name: str) -> Example:
 
 
 def load_parts(name: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
-    """As `load_example`, in one tuple: model, args, kwargs."""
+    """Return what `load_example` returns as one tuple: model, args, kwargs."""
     example = load_example(name)
     return example.model, example.args, example.kwargs
 

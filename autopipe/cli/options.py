@@ -63,15 +63,15 @@ def _add_commands(commands: Any) -> None:
         command.add_argument(
             "--profile",
             metavar="FILE",
-            help="a profile, in place of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
+            help="a profile, instead of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
         )
         _run(command, measured=True)
         _planning(command, PLANNED if command is not simulate else PLAYED)
     for command in (report, simulate):
         command.add_argument(
-            "--plan", metavar="FILE", help="a plan, in place of a model; PLAN.json alone means the same"
+            "--plan", metavar="FILE", help="a plan, instead of a model; PLAN.json alone means the same"
         )
-    report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, in place of a model")
+    report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, instead of a model")
     report.add_argument("--trace", metavar="FILE", help="with --measured: the trace of the run, for the page")
     _output(plan, FORMATS, "write the plan as JSON to FILE")
     _output(report, FORMATS, "write the report to FILE; its suffix chooses the format if none is given")
@@ -117,7 +117,7 @@ def _model(command: argparse.ArgumentParser, *, required: bool) -> None:
         nargs=None if required else "?",
         metavar="MODEL",
         help="package.module:factory or file.py:factory; the factory returns (model, example_args) or "
-        "(model, example_args, example_kwargs), where the example is a whole batch",
+        "(model, example_args, example_kwargs), with a whole batch as the example",
     )
 
 
@@ -136,8 +136,8 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
 def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> None:
     add = command.add_argument
     add("--num-stages", type=_count, metavar="K", help="stages of the pipeline, one for each device of a replica")
-    add("--num-devices", type=_count, metavar="N", help="devices, in place of stages: stages and replicas are searched")
-    add("--cluster", metavar="FILE", help="devices and links, in place of --link-* and --memory-limit")
+    add("--num-devices", type=_count, metavar="N", help="devices, instead of stages: stages and replicas are searched")
+    add("--cluster", metavar="FILE", help="devices and links, instead of --link-* and --memory-limit")
     add("--global-batch", type=_count, metavar="B", help="samples of a step over all replicas, if devices are given")
     add("--schedule", choices=schedules, help="order of forwards and backwards (default: 1f1b)")
     add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
@@ -149,7 +149,7 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--link-gbps", type=_positive, metavar="GBPS", help="bandwidth between stages, in gigabits per second")
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
     add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
-    add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, in place of a search")
+    add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, instead of a search")
     add(
         "--together",
         type=_names,

@@ -96,7 +96,7 @@ def _on_cluster(plan: Plan, options: argparse.Namespace) -> Plan:
 
 
 def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:
-    """A link with the call's latency, bandwidth and overlap in the place of its own."""
+    """A link with the call's latency, bandwidth and overlap instead of its own."""
     asked: dict[str, Any] = {}
     if options.link_latency_us is not None:
         asked["latency_us"] = options.link_latency_us

@@ -40,7 +40,7 @@ def units_of(plan: Plan, target: str) -> list[Unit]:
         for name in stage.params:
             if name in plan.ties and len(set(plan.ties[name])) > 1:
                 continue
-            unit = _element(name) or _beside(name, lists)
+            unit = _element(name) or _outside(name, lists)
             if found.setdefault(unit, stage.index) != stage.index:
                 raise PlanError(
                     f"module {unit!r} is cut: it has parameters on stages {found[unit]} and {stage.index}",
@@ -72,7 +72,7 @@ def _element(parameter: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _beside(parameter: str, elements: set[str | None]) -> str:
+def _outside(parameter: str, elements: set[str | None]) -> str:
     """The outermost module that has the parameter and no list of layers; the parameter itself if the root holds
     it."""
     parts = parameter.split(".")[:-1] or [parameter]

@@ -96,7 +96,7 @@ def modules(stage: StagePlan) -> str:
 
 
 def stage_table(plan: Plan) -> Table:
-    """A row a stage."""
+    """A row for each stage."""
     rows: list[tuple[Cell, ...]] = []
     for stage, load in zip(plan.stages, loads(plan), strict=True):
         limit = 100 * stage.peak_bytes / plan.memory_limit_bytes if plan.memory_limit_bytes else None

@@ -51,7 +51,7 @@ class ModuleTotals:
     measured: int = 0
 
     def add(self, node: NodeProfile, params: dict[str, float]) -> None:
-        """Adds a node."""
+        """Add a node."""
         self.num_nodes += 1
         self.forward_us += node.forward_us
         self.backward_us += node.backward_us

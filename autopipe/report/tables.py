@@ -93,7 +93,7 @@ def _body(table: Table) -> list[list[str]]:
 
 
 def _align(table: Table) -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Align words to the left and numbers to the right."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
     return ["left" if any(isinstance(cell, str) for cell in column) else "right" for column in columns]
 

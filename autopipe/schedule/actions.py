@@ -112,7 +112,7 @@ class Schedule:
         return self.rank_of(edge.source) == self.rank_of(edge.target)
 
     def describe(self) -> str:
-        """One line a rank, in torch's spelling."""
+        """One line for each rank, in torch's spelling."""
         return "\n".join(f"rank {rank}: {' '.join(map(str, actions))}" for rank, actions in enumerate(self.actions))
 
 

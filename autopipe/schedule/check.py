@@ -2,7 +2,7 @@
 
 Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue
 for computes and transfers alike. If the lists run to their end under this reading, the order in which they ran is a
-topological order that every list follows, so that under any wider reading (a queue a rank, a pair of ranks, or an edge)
+topological order that every list follows, so that under any wider reading (a queue for each rank, rank pair or edge)
 the earliest unfinished event of that order is always enabled, and the schedule ends too.
 """
 
@@ -104,7 +104,7 @@ def _check_reductions(schedule: Schedule) -> None:
 
 
 def _check_deadlock(schedule: Schedule) -> None:
-    """Play the lists with one queue a rank and blocking sends: an event runs when all its ranks have reached it."""
+    """Play the lists with a queue per rank and blocking sends: an event runs when all its ranks have reached it."""
     position = [0] * schedule.num_ranks
     runnable = list(range(schedule.num_ranks))
     while runnable:

@@ -18,7 +18,7 @@ SPLIT_SHARE = 0.08
 that was measured, for devices on which nothing was."""
 CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US = 0.25, 20.0
 """The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between
-machines by three times: it is that of one where it is high, so that backwards are divided where that helps on any
+machines by three times: it is that of one with a high share, so that backwards are divided only if that helps on all
 (`benchmarks/engine.py divide`)."""
 
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05

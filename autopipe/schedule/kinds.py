@@ -166,7 +166,7 @@ SEVERAL_STAGES_A_RANK = tuple(kind.name for kind in KINDS.values() if kind.sever
 
 
 def undivided(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of some schedules that compute a backward as a whole."""
+    """Return those of the schedules that compute a backward as a whole."""
     return tuple(name for name in names if not KINDS[name].divides_backward)
 
 

@@ -18,7 +18,7 @@ def simulate(
 
     Args:
         plan: stages, transfers, and the link between them.
-        num_microbatches, schedule, link: in place of the plan's own. A micro-batch keeps its size: more of them are a
+        num_microbatches, schedule, link: instead of the plan's own. A micro-batch keeps its size: more of them are a
             larger batch.
 
     Raises:

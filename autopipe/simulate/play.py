@@ -85,7 +85,7 @@ def _arrive(
 def _hand_over(
     arrived: dict[tuple[Kind | None, int, int], float], action: Action, source: int, target: int, time_us: float
 ) -> None:
-    """Between two stages of one rank nothing is sent: what one makes is there for the other."""
+    """Nothing is sent between two stages of one rank: what one makes is there for the other."""
     if phase(action.kind) == "SEND_F" and action.stage == source:
         _arrive(arrived, "SEND_F", target, action.microbatch, time_us)
     elif phase(action.kind) == "SEND_B" and action.stage == target:
@@ -112,7 +112,7 @@ def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
 
 
 def count_live(schedule: Schedule) -> tuple[int, ...]:
-    """For each stage, the most micro-batches whose activations are alive at once; 1 if nothing is kept for a
+    """Return for each stage the most micro-batches whose activations are alive at once; 1 if nothing is kept for a
     backward."""
     live: Counter[int] = Counter()
     peak: Counter[int] = Counter()

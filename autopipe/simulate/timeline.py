@@ -12,7 +12,7 @@ class Event:
     """One compute, transfer or reduction.
 
     Attributes:
-        rank: where it ran; of a transfer, the sending rank.
+        rank: the rank on which it ran; of a transfer, the sending rank.
         kind, stage, microbatch, peer: as in `Action`.
         start_us, end_us: from the start of the step, in microseconds; of a transfer, how long it held the link.
     """

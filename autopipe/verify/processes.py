@@ -17,7 +17,7 @@ from autopipe.errors import AutopipeError, EngineError
 
 Result = TypeVar("Result")
 GRACE_S = 5.0
-"""After the first rank has failed, the others have this long to report their own errors, in seconds."""
+"""Seconds that the other ranks have to report their own errors after the first has failed."""
 
 
 def run_processes(function: Callable[[int], Result], num_ranks: int, *, timeout_s: float) -> list[Result]:
