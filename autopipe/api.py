@@ -1,4 +1,4 @@
-"""`autopipe.pipeline`: a model in, an engine out."""
+"""`autopipe.pipeline` makes an engine from a model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pipeline(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> Engine:
-    """Makes an engine that trains `model` as a pipeline over the processes of the launch.
+    """Make an engine that trains `model` as a pipeline over the processes of the launch.
 
     `autopipe.pipeline(model)` alone is enough: the model is captured and planned at the first batch. Every rank makes
     the same call. Outside of torchrun it runs on one process with one stage.

@@ -1,4 +1,4 @@
-"""A plan: the nodes of each stage, their costs, and its JSON form (`autopipe.plan/1`)."""
+"""A plan: which nodes run on which stage, what that costs, and its JSON form (`autopipe.plan/1`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from autopipe.schedule.kinds import DEFAULT, KINDS, TRAINING, dealt_over_ranks
 from profiler.records import LinkProfile, read_json
 
 MAX_NUMBER = 2**63
-"""No time, size or count in a file is as large."""
+"""Limit of every time, size and count in a file."""
 PLAN_SCHEMA = "autopipe.plan/1"
 RECOMPUTE = ("auto", "none", "full")
-"""Activations to compute again in the backward: as much as the memory limit demands, nothing, or every stage as a
-whole."""
+"""Recompute in the backward: as much as the memory limit demands, nothing, or every stage as a whole."""
 FREE_LINK = LinkProfile(latency_us=0.0, bytes_per_us=math.inf, measured=False)
 
 
@@ -39,12 +38,12 @@ class StagePlan:
         peak_bytes: the memory that it needs: parameters, gradients, optimizer state, activations in flight, workspace;
             what a memory limit is compared with.
         expected_peak_bytes: the most that it holds at one time, going through its actions one by one: what a run is
-            compared with; 0 where it is not known.
+            compared with; 0 if it is not known.
         param_bytes, gradient_bytes, optimizer_bytes, activation_bytes: the parts of `peak_bytes`, workspace apart.
         recompute: regions, each the names of consecutive nodes of the stage: what they keep is dropped, and computed
             again in the backward up to the last tensor that is kept.
         reduce_us: time of summing its gradients over the replicas, after its last backward.
-        memory_limit_bytes: memory of its device where devices differ; 0: the plan's.
+        memory_limit_bytes: memory of its device if devices differ; 0: the plan's.
     """
 
     index: int
@@ -69,11 +68,10 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Tensors that cross from one stage to another, for one micro-batch: `nodes` are the tensors, producer to reader
-    directly.
+    """The tensors `nodes` that cross from one stage to another, for one micro-batch, producer to reader directly.
 
     `forward_bytes` go from `source` to `target`; `backward_bytes`, the gradients, go back. `link` is what they go over,
-    where it is not the plan's.
+    if it is not the plan's.
     """
 
     source: int
@@ -131,31 +129,32 @@ class Plan:
         graph_hash: identifies the graph that was cut.
         num_stages, data_parallel, num_microbatches, schedule, zero_stage: how it is run.
         num_ranks: ranks of one replica; 0: one for each stage. Stage s runs on rank s modulo their number.
+        ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
         stages: one record for each stage.
         transfers: the tensors that cross between stages.
         ties: for each parameter that several stages read, its name and these stages.
+        microbatch_size: samples in a micro-batch.
         step_us: simulated time of a training step (all micro-batches, forward and backward), optimizer apart.
-        lower_bound_us: no split into this many stages can be faster under the cost model.
-        objective: what was made small: `step`, the simulated step, or `bottleneck`, the largest load of a stage.
         bottleneck_us: the largest load: compute of one micro-batch on a stage, and its transfers that are not hidden.
-        bottleneck_bound_us: no split into this many stages has a smaller largest load.
-        proved: the plan is optimal under its objective and the cost model.
         bubble: the share of the devices' time in a step in which they wait, from 0 to 1.
         imbalance: compute time of the slowest stage over the mean of all stages, minus 1.
-        microbatch_size: samples in a micro-batch.
         link: latency, bandwidth and overlap that were assumed between stages.
-        memory_limit_bytes: memory of each device, 0 where none was given.
+        memory_limit_bytes: memory of each device, 0 if none was given.
         device: device of the profile.
         estimated: some costs were estimated, not measured.
-        baselines: the splits that a user would otherwise make.
-        ranks: the rank that runs each pipeline rank of each replica, replica by replica; empty: in this order.
-        scaling: how times follow the micro-batch size where the plan's is not the profile's: `affine`, from profiles of
+        scaling: how times follow the micro-batch size if the plan's is not the profile's: `affine`, from profiles of
             two sizes, or `proportional`, an assumption; empty: as measured.
-        candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
+        objective: what was made small: `step`, the simulated step, or `bottleneck`, the largest load of a stage.
+        proved: the plan is optimal under its objective and the cost model.
+        lower_bound_us: no split into this many stages can be faster under the cost model.
+        bottleneck_bound_us: no split into this many stages has a smaller largest load.
         search_bound_us: no layout, schedule or split that the search allowed can be faster under the cost model; 0: not
             known.
+        baselines: the splits that a user would otherwise make.
+        candidates: the ways to use the devices that were compared, the fastest first; empty: there was no choice.
     """
 
+    # The decision: what runs where.
     graph_hash: str
     num_stages: int
     num_microbatches: int
@@ -165,32 +164,36 @@ class Plan:
     schedule: str = DEFAULT
     zero_stage: int = 0
     num_ranks: int = 0
+    ranks: tuple[int, ...] = ()
     ties: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    microbatch_size: int = 1
+
+    # The prediction: figures of a step, and the assumptions behind them.
     step_us: float = 0.0
-    lower_bound_us: float = 0.0
-    objective: str = "step"
     bottleneck_us: float = 0.0
-    bottleneck_bound_us: float = 0.0
-    proved: bool = False
     bubble: float = 0.0
     imbalance: float = 0.0
-    microbatch_size: int = 1
     link: LinkProfile = FREE_LINK
     memory_limit_bytes: int = 0
     device: str = "unknown"
     estimated: bool = False
-    baselines: tuple[Baseline, ...] = ()
-    ranks: tuple[int, ...] = ()
     scaling: str = ""
-    candidates: tuple[Candidate, ...] = ()
+
+    # The proof: how good the decision is, against bounds and other ways.
+    objective: str = "step"
+    proved: bool = False
+    lower_bound_us: float = 0.0
+    bottleneck_bound_us: float = 0.0
     search_bound_us: float = 0.0
+    baselines: tuple[Baseline, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         _validate(self)
 
     @property
     def plan_hash(self) -> str:
-        """Identifies what a run must agree on: the graph, its cuts and the schedule; costs are left out."""
+        """Hash of what all ranks of a run must agree on: the graph, its cuts and the schedule; costs are left out."""
         parts = [
             self.graph_hash,
             self.num_stages,
@@ -210,7 +213,7 @@ class Plan:
         return {name: stage.index for stage in self.stages for name in stage.nodes}
 
     def diff(self, other: Plan) -> dict[str, tuple[int, int]]:
-        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 where a plan has
+        """The nodes that the two plans put on different stages: name to (stage here, stage there); -1 if a plan has
         no such node."""
         mine, theirs = self.stage_of, other.stage_of
         names = [*mine, *(n for n in theirs if n not in mine)]
@@ -225,7 +228,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Reads a plan.
+        """Read a plan.
 
         Raises:
             PlanError: an unknown schema, a missing or misspelt value, a negative number, a node on two stages.
@@ -255,12 +258,12 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
+        """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a plan from a JSON file.
+        """Read a plan from a JSON file.
 
         Raises:
             PlanError: the file is not there, is not JSON, or is not a valid plan.

@@ -1,5 +1,4 @@
-"""A captured graph and a placement of its nodes go in; what each stage reads, sends and runs comes out, one module a
-stage."""
+"""Cut a captured graph into stages by a placement of its nodes: what each reads and sends, and a module for each."""
 
 from __future__ import annotations
 
@@ -133,7 +132,7 @@ def placement(captured: Captured, plan: Plan) -> dict[str, int]:
 
 
 def cut(captured: Captured, stage_of: Mapping[str, int], num_stages: int) -> tuple[StageSpec, ...]:
-    """Inputs and outputs of every stage under a placement. The results of the graph are gathered on the last stage.
+    """Return inputs and outputs of every stage under a placement; the graph's results are gathered on the last stage.
 
     Raises:
         PlanError: a node stands on an earlier stage than one that it reads.
@@ -298,7 +297,7 @@ def _fetch(module: nn.Module, target: Any) -> Any:
 
 
 def _attach(module: nn.Module, target: str, value: Any) -> None:
-    """Makes `value` an attribute of the module under a dotted name, where checkpoint regions alone refer to it."""
+    """Make `value` an attribute of the module under a dotted name, where checkpoint regions alone refer to it."""
     parent, _, name = target.rpartition(".")
     for part in parent.split(".") if parent else []:
         if not hasattr(module, part):
@@ -313,7 +312,7 @@ def _attach(module: nn.Module, target: str, value: Any) -> None:
 
 
 def _keep_persistence(module: nn.Module, source: nn.Module) -> None:
-    """Buffers outside the model's state dict stay outside."""
+    """Keep the buffers outside the model's state dict outside of it."""
     for prefix, owner in module.named_modules():
         for name in () if is_scripted(owner) else owner._buffers:
             twin = _fetch(source, prefix) if prefix else source

@@ -1,5 +1,8 @@
-"""The `autopipe` command: a command line goes in, an exit status comes out (0 done, 1 verify found a fault, 2 an
-error)."""
+"""The `autopipe` command.
+
+A command line becomes an exit status: 0 done, 1 verify found a difference, 2 an error. Read `options.py` first, then
+`commands.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; errors go to stderr in one line, with `--debug` after their traceback."""
+    """Run one command; errors go to stderr in one line, after their traceback with `--debug`."""
     options = parser().parse_args(argv)
     try:
         return COMMANDS[options.command](options) or DONE

@@ -1,4 +1,4 @@
-"""One function for each command: what it was asked goes in, what it found is written to stdout or a file."""
+"""One function for each command; each writes its result to stdout or a file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def report_command(options: argparse.Namespace) -> None:
     elif options.trace is not None:
         raise ConfigError(
             "--trace without --measured",
-            expected="the report of the same run beside it",
+            expected="--measured with the report of the same run",
             where="the command line",
             remedy="add --measured FILE, which engine.report('json') gives",
         )
@@ -74,7 +74,7 @@ def _measured(options: argparse.Namespace, format: str) -> str:
     if any(v is not None for v in (options.model, options.plan, options.profile)):
         raise ConfigError(
             "--measured and a model, plan or profile",
-            expected="--measured alone, which holds its plan",
+            expected="--measured alone: it contains its plan",
             where="the command line",
             remedy="leave the others out",
         )
@@ -100,7 +100,7 @@ def simulate_command(options: argparse.Namespace) -> None:
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    """`autopipe verify MODEL --num-stages K`: a pipeline of local processes beside the plain model; 1 where they
+    """`autopipe verify MODEL --num-stages K`: compare a pipeline of local processes with the plain model; 1 if they
     differ."""
     from autopipe.cli.models import load_parts
     from autopipe.verify import verification_report, verify
@@ -118,7 +118,7 @@ def verify_command(options: argparse.Namespace) -> int:
 
 
 def export_command(options: argparse.Namespace) -> None:
-    """`autopipe export PLAN --to FRAMEWORK`: the cut in the words of another framework."""
+    """`autopipe export PLAN --to FRAMEWORK`: the cut in another framework's format."""
     from autopipe.export import export
 
     _write(options, export(Plan.load(options.plan), options.to, options.model))
@@ -182,7 +182,7 @@ def _format(options: argparse.Namespace, suffixes: dict[str, str]) -> str:
 
 
 def _write(options: argparse.Namespace, text: str) -> None:
-    """To the file, or to stdout where none is named."""
+    """Write to the file, or to stdout if none is named."""
     if options.output:
         _save(options, text)
     elif not options.quiet:

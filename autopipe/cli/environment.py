@@ -1,4 +1,4 @@
-"""The environment for a bug report: versions, devices, backends and cores of this machine."""
+"""Versions, devices, backends and cores of this machine, for a bug report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def environment_report(format: str = "table") -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions, devices and variables by name; `not installed`, `none` or `not set` if missing."""
+    """Facts of this machine by name; `not installed`, `none` or `not set` if there is no such thing."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     found.update({name: _version(name) for name in PACKAGES})
     found["cores"] = f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"

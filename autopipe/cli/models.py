@@ -1,4 +1,4 @@
-"""A model's name on the command line goes in; the model and its example batch come out."""
+"""Load the model and the example batch that a command line names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Example:
 
 
 def load_example(name: str) -> Example:
-    """Calls the factory that `package.module:factory` or `file.py:factory` names.
+    """Call the factory that `package.module:factory` or `file.py:factory` names.
 
     Raises:
         ConfigError: no such module, file or factory, or the factory returns something else. What the user's own code
@@ -48,7 +48,7 @@ def load_example(name: str) -> Example:
 
 
 def load_parts(name: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
-    """As `load_example`, in one tuple: model, args, kwargs."""
+    """Return what `load_example` returns as one tuple: model, args, kwargs."""
     example = load_example(name)
     return example.model, example.args, example.kwargs
 

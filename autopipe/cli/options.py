@@ -1,4 +1,4 @@
-"""Every option of the command line, and how its words become numbers."""
+"""Options of the command line, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BYTES_PER_US_OF_A_GBPS = 125.0
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that says a wrong call in the one line that all errors have."""
+    """An argparse parser that reports a wrong call in one line, like all errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
+        """Exit with status 2."""
         line = f"autopipe: error: {message}; remedy: see `{self.prog} --help`"
         print(line, file=sys.stderr)
         raise SystemExit(2)
@@ -47,7 +47,7 @@ def _add_commands(commands: Any) -> None:
     _model(shown, required=True)
     _run(shown, measured=True)
     shown.add_argument(
-        "--nodes", action="store_true", help="show every node, slowest first, in place of the module tree"
+        "--nodes", action="store_true", help="show every node, slowest first, instead of the module tree"
     )
     shown.add_argument(
         "--from", dest="scaled_from", metavar="FILE", help="scale this profile, of another device, to the --device"
@@ -56,25 +56,25 @@ def _add_commands(commands: Any) -> None:
     shown.add_argument("--budget-s", type=_number, metavar="S", help="seconds of repeating measurements (default: 60)")
     _output(shown, FORMATS, "write the profile as JSON to FILE")
     plan = commands.add_parser("plan", help="cut a model or a profile into stages")
-    report = commands.add_parser("report", help="show what a plan costs, stage by stage, beside the usual splits")
+    report = commands.add_parser("report", help="show what a plan costs, stage by stage, and the usual splits")
     simulate = commands.add_parser("simulate", help="play a step of a plan: timeline, bubble and memory of each rank")
     for command in (plan, report, simulate):
         _model(command, required=False)
         command.add_argument(
             "--profile",
             metavar="FILE",
-            help="a profile, in place of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
+            help="a profile, instead of a model; for --num-devices several of other micro-batch sizes: FILE,FILE",
         )
         _run(command, measured=True)
         _planning(command, PLANNED if command is not simulate else PLAYED)
     for command in (report, simulate):
         command.add_argument(
-            "--plan", metavar="FILE", help="a plan, in place of a model; PLAN.json alone means the same"
+            "--plan", metavar="FILE", help="a plan, instead of a model; PLAN.json alone means the same"
         )
-    report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, in place of a model")
+    report.add_argument("--measured", metavar="FILE", help="the report of a run as JSON, instead of a model")
     report.add_argument("--trace", metavar="FILE", help="with --measured: the trace of the run, for the page")
     _output(plan, FORMATS, "write the plan as JSON to FILE")
-    _output(report, FORMATS, "write the report to FILE; its suffix chooses the format where none is given")
+    _output(report, FORMATS, "write the report to FILE; its suffix chooses the format if none is given")
     _output(
         simulate,
         TIMELINE_FORMATS,
@@ -85,12 +85,12 @@ def _add_commands(commands: Any) -> None:
     )
     _model(verify, required=True)
     _verification(verify)
-    _output(verify, FORMATS, "write the comparison to FILE; its suffix chooses the format where none is given")
+    _output(verify, FORMATS, "write the comparison to FILE; its suffix chooses the format if none is given")
     _add_others(commands)
 
 
 def _add_others(commands: Any) -> None:
-    export = commands.add_parser("export", help="write a plan in the words of another framework")
+    export = commands.add_parser("export", help="write a plan in another framework's format")
     export.add_argument("plan", metavar="PLAN", help="a plan, as `autopipe plan -o FILE` writes it")
     export.add_argument("--to", choices=EXPORTS, required=True, help="the framework; torch needs --model")
     export.add_argument("--model", metavar="MODEL", help="for torch: the model that was planned")
@@ -98,7 +98,7 @@ def _add_others(commands: Any) -> None:
     convert = commands.add_parser("convert", help="a checkpoint to weights that the plain model loads, or back")
     convert.add_argument("source", metavar="CHECKPOINT", help="a checkpoint, or weights: a file, an index or a folder")
     convert.add_argument("out", metavar="OUT", help="*.safetensors or *.pt: one file; otherwise a folder")
-    convert.add_argument("--to", choices=CONVERSIONS, help="what to write, where OUT does not say it")
+    convert.add_argument("--to", choices=CONVERSIONS, help="what to write, if OUT does not say it")
     convert.add_argument(
         "--max-shard-size", type=_bytes, metavar="SIZE", help="size of a safetensors file in a folder (default: 5GB)"
     )
@@ -117,7 +117,7 @@ def _model(command: argparse.ArgumentParser, *, required: bool) -> None:
         nargs=None if required else "?",
         metavar="MODEL",
         help="package.module:factory or file.py:factory; the factory returns (model, example_args) or "
-        "(model, example_args, example_kwargs), where the example is a whole batch",
+        "(model, example_args, example_kwargs), with a whole batch as the example",
     )
 
 
@@ -136,9 +136,9 @@ def _run(command: argparse.ArgumentParser, *, measured: bool) -> None:
 def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> None:
     add = command.add_argument
     add("--num-stages", type=_count, metavar="K", help="stages of the pipeline, one for each device of a replica")
-    add("--num-devices", type=_count, metavar="N", help="devices, in place of stages: stages and replicas are searched")
-    add("--cluster", metavar="FILE", help="devices and links, in place of --link-* and --memory-limit")
-    add("--global-batch", type=_count, metavar="B", help="samples of a step over all replicas, where devices are given")
+    add("--num-devices", type=_count, metavar="N", help="devices, instead of stages: stages and replicas are searched")
+    add("--cluster", metavar="FILE", help="devices and links, instead of --link-* and --memory-limit")
+    add("--global-batch", type=_count, metavar="B", help="samples of a step over all replicas, if devices are given")
     add("--schedule", choices=schedules, help="order of forwards and backwards (default: 1f1b)")
     add("--data-parallel", type=_count, metavar="N", help="replicas of the pipeline (default: 1)")
     add("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 24GiB or 800MB")
@@ -149,7 +149,7 @@ def _planning(command: argparse.ArgumentParser, schedules: tuple[str, ...]) -> N
     add("--link-gbps", type=_positive, metavar="GBPS", help="bandwidth between stages, in gigabits per second")
     add("--overlap", type=_share, metavar="SHARE", help="share of a transfer that compute hides, from 0 to 1")
     add("--objective", choices=OBJECTIVES, help="what the plan makes small: the step, or the load of the slowest stage")
-    add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, in place of a search")
+    add("--split-points", type=_names, metavar="A,B", help="modules at which a new stage begins, instead of a search")
     add(
         "--together",
         type=_names,
@@ -189,9 +189,7 @@ def _verification(command: argparse.ArgumentParser) -> None:
 def _output(command: argparse.ArgumentParser, formats: tuple[str, ...], help: str) -> None:
     command.add_argument("--format", choices=formats, help="how to write it (default: table)")
     command.add_argument("-o", "--output", metavar="FILE", help=help)
-    command.add_argument(
-        "--quiet", action="store_true", help="no progress bars, and nothing on stdout beside what -o writes"
-    )
+    command.add_argument("--quiet", action="store_true", help="no progress bars and nothing on stdout; -o still writes")
     command.add_argument("--debug", action="store_true", help="on an error, print the traceback too")
 
 

@@ -1,4 +1,4 @@
-"""The steps behind the commands: a model is captured and profiled, a profile is planned."""
+"""Steps that the commands share: capture and profile a model, plan a profile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DESCRIBED_BY_CLUSTER = ("memory_limit", "link_latency_us", "link_gbps", "overlap
 
 
 def profiled(options: argparse.Namespace) -> Profile:
-    """The profile of the call's model, at the size of a micro-batch; the whole batch where no number of them is
+    """The profile of the call's model, at the size of a micro-batch; the whole batch if no number of them is
     given."""
     example = load_example(options.model)
     microbatch = _microbatches(example, options.num_microbatches or 1)[0]
@@ -61,7 +61,7 @@ def _scaled(options: argparse.Namespace, example: Example, microbatch: MicroBatc
             f"--from-device {source}",
             expected=f"one of {', '.join(DEVICES)}",
             where="the command line",
-            remedy="name the one that is closest",
+            remedy="name the closest one",
         )
     target = options.device
     options.device = source
@@ -132,7 +132,7 @@ def _measured(
 ) -> Profile:
     captured = capture(example.model, microbatch.args, microbatch.kwargs)
     if captured.loss is not None:
-        captured = captured.loss_only()  # what training runs: outputs beside the loss are not computed
+        captured = captured.loss_only()  # what training runs: outputs other than the loss are not computed
     if captured.opaque and not options.quiet:
         print(captured.report(), file=sys.stderr)
     values = captured.flatten(microbatch.args, microbatch.kwargs)
@@ -147,7 +147,7 @@ def _measured(
 
 
 def _is_estimated(device: str | None) -> bool:
-    """Whether a device is asked for by the name of a product: its times are estimated, wherever the command runs."""
+    """Return whether the device is the name of a product, whose times are estimated wherever the command runs."""
     return device in DEVICES and device != "cpu"
 
 
@@ -182,7 +182,7 @@ def _device_memory_bytes(options: argparse.Namespace) -> int | None:
 
 
 def wants_search(options: argparse.Namespace) -> bool:
-    """Whether the call gives devices in the place of a number of stages."""
+    """Return whether the call gives devices instead of a number of stages."""
     return options.num_devices is not None or options.cluster is not None
 
 

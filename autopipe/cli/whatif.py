@@ -1,4 +1,4 @@
-"""A plan and a call go in; the plan comes out with what the call changes, its cuts as they are."""
+"""Apply the options of a call to an existing plan, with its cuts as they are."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     """A plan with the call's micro-batches, schedule, replicas, link and memory limit, its cuts as they are.
 
     What follows from them by simulation (step time and bubble) is computed again; bounds and usual splits, which would
-    need the profile, are left out where the costs changed.
+    need the profile, are left out if the costs changed.
 
     Raises:
-        ConfigError: the call asks for what only planning again can change.
+        ConfigError: the call asks for a change that only planning again can make.
     """
     for name in (
         "num_stages",
@@ -39,7 +39,7 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
         if getattr(options, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} with --plan",
-                expected="what changes no cut",
+                expected="options that keep the cuts",
                 where="the command line",
                 remedy="plan again from the model or with --profile FILE",
             )
@@ -96,7 +96,7 @@ def _on_cluster(plan: Plan, options: argparse.Namespace) -> Plan:
 
 
 def link_of(base: LinkProfile, options: argparse.Namespace) -> LinkProfile:
-    """A link with the call's latency, bandwidth and overlap in the place of its own."""
+    """A link with the call's latency, bandwidth and overlap instead of its own."""
     asked: dict[str, Any] = {}
     if options.link_latency_us is not None:
         asked["latency_us"] = options.link_latency_us

@@ -1,5 +1,8 @@
-"""A plan goes in; the same cut comes out in the words of another framework, or an error that says what it cannot
-express."""
+"""Plans in the formats of other frameworks.
+
+A `Plan` becomes text for the target, or a `PlanError` that says what the target cannot express. Read `units.py` first,
+and `torch_stages.py` for torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ TARGETS = ("torch", *_FROM_PLAN)
 
 
 def export(plan: Plan, target: str, model: str | None = None) -> str:
-    """The text for a target: `torch` (a program), `torchtitan`, `deepspeed`, `megatron`.
+    """Return the text for a target: `torch` (a program), `torchtitan`, `deepspeed`, `megatron`.
 
     Args:
         model: for `torch`, the model that was planned, as the command line names it (`file.py:factory`).

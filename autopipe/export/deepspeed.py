@@ -1,4 +1,4 @@
-"""A plan goes in; a layer list with its boundaries for DeepSpeed's `PipelineModule` comes out.
+"""Write a plan as a layer list with its boundaries for DeepSpeed's `PipelineModule`.
 
 Format: https://deepspeed.readthedocs.io/en/latest/pipeline.html. `PipelineModule` chooses its boundaries in
 `_partition_layers`, which is overridden here, because none of its methods takes them from the caller.

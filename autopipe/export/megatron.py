@@ -1,4 +1,4 @@
-"""A plan goes in; Megatron-LM's `--pipeline-model-parallel-layout` comes out, such as `Ettt|tttL`.
+"""Write a plan as Megatron-LM's `--pipeline-model-parallel-layout`, such as `Ettt|tttL`.
 
 Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/user-guide/features/pipeline_parallel_layout.html:
 E the embedding, t a transformer layer, L the loss, | between stages.
@@ -27,7 +27,7 @@ def megatron_layout(plan: Plan) -> str:
         if unit not in layers and not (unit.stage <= first or unit.stage >= last):
             raise PlanError(
                 f"module {unit.name!r} on stage {unit.stage}, among the layers of {layers[0].list_name!r}",
-                expected="what is no transformer layer before the first or after the last of them",
+                expected="other modules only before the first or after the last transformer layer",
                 where="export",
                 remedy=AT_MODULES,
             )

@@ -1,5 +1,4 @@
-"""A plan and the name of its model go in; a program comes out that trains it under a schedule of
-torch.distributed.pipelining."""
+"""Write a program that trains a plan's model under a schedule of torch.distributed.pipelining."""
 
 from __future__ import annotations
 

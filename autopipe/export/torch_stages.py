@@ -1,7 +1,7 @@
-"""A captured model and a plan go in; stages for `torch.distributed.pipelining` come out.
+"""Build the stages of a plan for `torch.distributed.pipelining`.
 
 There a stage reads from the stage before it alone. So a tensor that skips stages, or an input of the model that a later
-stage reads, is passed on by every stage between: each stage takes the wires of `inputs` and returns those of `outputs`,
+stage reads, is passed on by every stage between: each stage takes the tensors of `inputs` and returns those of `outputs`,
 as static shapes.
 """
 
@@ -61,13 +61,13 @@ class TorchStage(nn.Module):
 
     @property
     def is_last(self) -> bool:
-        """Whether it returns the model's outputs."""
+        """Return whether it returns the model's outputs."""
         return self.index == self.num_stages - 1
 
     def forward(self, *received: Tensor) -> Any:
-        """Runs the stage and passes on what later stages read."""
+        """Run the stage and pass on what later stages read."""
         spec = self.module.spec
-        values = {wire.name: value for wire, value in zip(self.inputs, received, strict=True)}
+        values = {tensor.name: value for tensor, value in zip(self.inputs, received, strict=True)}
         made = self.module(*(values[i.name] for i in spec.inputs))
         if self.is_last:
             results = tuple(v.reshape(1) if v.dim() == 0 else v for v in made[len(spec.outputs) :])
@@ -80,7 +80,7 @@ class TorchStage(nn.Module):
         return tuple(_like(w.shape, w.dtype, w.gradient) for w in self.inputs)
 
     def output_args(self) -> tuple[Tensor, ...]:
-        """The same for what it returns."""
+        """Tensors on the meta device with the shapes of what it returns."""
         if self.is_last:
             return tuple(_like(*described) for described in self._result_shapes)
         return tuple(_like(w.shape, w.dtype, w.gradient) for w in self.outputs)
@@ -122,7 +122,7 @@ def pipeline_stage(stage: TorchStage, device: torch.device | str, group: Any = N
 
 
 def sum_tied_gradients(stages: Sequence[TorchStage], group: Any = None) -> None:
-    """Sums the gradients of shared parameters over all stages; every rank calls it with its own stages, before the
+    """Sum the gradients of shared parameters over all stages; every rank calls it with its own stages, before the
     optimizer step."""
     for shared in stages[0].shared:
         copies = [stage.copies[shared.name] for stage in stages if shared.name in stage.copies]
@@ -146,7 +146,7 @@ def _passed(value: Tensor) -> Tensor:
 
 
 def _model_inputs(captured: Captured) -> list[StageInput]:
-    """Inputs of the first stage: all tensors of the model's call, in order."""
+    """The inputs of the first stage: all tensors of the model's call, in order."""
     return [
         StageInput(
             name=node.name,
@@ -162,7 +162,7 @@ def _model_inputs(captured: Captured) -> list[StageInput]:
 
 
 def _wires(specs: Sequence[StageSpec], stage: int) -> list[StageInput]:
-    """Inputs of a stage: all that it or a later one reads and an earlier one, or the caller, gives."""
+    """The tensors that enter a stage: all that it or a later one reads and an earlier one, or the caller, gives."""
     wires: dict[str, StageInput] = {}
     for spec in specs[stage:]:
         for value in spec.inputs:
@@ -172,7 +172,7 @@ def _wires(specs: Sequence[StageSpec], stage: int) -> list[StageInput]:
 
 
 def _separate(stages: Sequence[TorchStage], captured: Captured) -> None:
-    """Gives each stage but the first its own copy of a shared parameter: torch scales the gradients of every stage by
+    """Give each stage but the first its own copy of a shared parameter: torch scales the gradients of every stage by
     itself."""
     holders: dict[nn.Parameter, list[TorchStage]] = {}
     for stage in stages:

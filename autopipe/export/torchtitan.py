@@ -1,4 +1,4 @@
-"""A plan goes in; torchtitan's `module_fqns_per_model_part` comes out: the module names of each stage.
+"""Write a plan as torchtitan's `module_fqns_per_model_part`: the module names of each stage.
 
 Format: `ParallelismConfig` of https://github.com/pytorch/torchtitan, `torchtitan/distributed/pipeline_parallel.py`.
 """

@@ -1,4 +1,4 @@
-"""A plan goes in; the modules that other frameworks place whole come out, each with its stage."""
+"""List the modules that other frameworks place whole, each with its stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AT_MODULES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A module that is placed whole: an element of a list of layers, or a module beside such a list."""
+    """A module that is placed whole: an element of a list of layers, or a module outside such lists."""
 
     name: str
     stage: int
@@ -40,7 +40,7 @@ def units_of(plan: Plan, target: str) -> list[Unit]:
         for name in stage.params:
             if name in plan.ties and len(set(plan.ties[name])) > 1:
                 continue
-            unit = _element(name) or _beside(name, lists)
+            unit = _element(name) or _outside(name, lists)
             if found.setdefault(unit, stage.index) != stage.index:
                 raise PlanError(
                     f"module {unit!r} is cut: it has parameters on stages {found[unit]} and {stage.index}",
@@ -53,7 +53,7 @@ def units_of(plan: Plan, target: str) -> list[Unit]:
 
 
 def refuse_ties(plan: Plan, target: str, why: str) -> None:
-    """Raises a PlanError where stages share a parameter."""
+    """Raise a PlanError if stages share a parameter."""
     for name, stages in plan.ties.items():
         if len(set(stages)) > 1:
             raise PlanError(
@@ -72,8 +72,8 @@ def _element(parameter: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _beside(parameter: str, elements: set[str | None]) -> str:
-    """The outermost module that has the parameter and no list of layers; the parameter itself where the root holds
+def _outside(parameter: str, elements: set[str | None]) -> str:
+    """The outermost module that has the parameter and no list of layers; the parameter itself if the root holds
     it."""
     parts = parameter.split(".")[:-1] or [parameter]
     for depth in range(1, len(parts) + 1):

@@ -12,8 +12,7 @@ from autopipe.errors import PartitionError
 from autopipe.partition.dp.intervals import IntervalCosts
 from autopipe.partition.memory.model import stage_memory
 from autopipe.partition.problem import Problem
-
-MIB = 2.0**20
+from autopipe.units import MIB
 
 
 def least_peak_split(problem: Problem) -> IntArray:

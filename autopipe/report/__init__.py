@@ -1,17 +1,20 @@
-"""Reports for people: tables of a plan, a profile and a timeline, an explanation, and the timeline as a trace and as a
-picture."""
+"""Reports for people: tables, pages, pictures and traces.
+
+A plan, a profile, a timeline or the measured steps of a run become text, CSV, Markdown, HTML, SVG or a trace. Read
+`tables.py` first, then `plans.py`.
+"""
 
 from autopipe.report.explain import explain
 from autopipe.report.formats import plan_report
 from autopipe.report.measured import load_measured, measured_report
 from autopipe.report.notebook import show_in_notebooks
 from autopipe.report.page import plan_page
+from autopipe.report.perfetto import chrome_trace
 from autopipe.report.profiles import profile_report
 from autopipe.report.read_trace import read_trace
 from autopipe.report.svg import timeline_svg
 from autopipe.report.tables import FORMATS
 from autopipe.report.timelines import timeline_report
-from autopipe.report.trace import chrome_trace
 
 __all__ = [
     "FORMATS",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from autopipe.plan import Candidate, Plan
-from autopipe.report.tables import MIB, Column, Table
+from autopipe.report.tables import Column, Table
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="replicas"),
@@ -44,7 +45,7 @@ def candidate_table(plan: Plan) -> Table:
 
 
 def why(plan: Plan) -> str:
-    """Parts of the chosen strategy's step, the next best strategy's step, and the bound of all."""
+    """Parts of the chosen way's step, time of the next other way, and the lower bound of all."""
     best = plan.candidates[0]
     compute = plan.num_microbatches * max(s.forward_us + s.backward_us for s in plan.stages) / 1e3
     if best.num_stages > best.num_ranks:

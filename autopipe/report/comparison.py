@@ -1,4 +1,4 @@
-"""A plan and what its steps took; the predicted figures beside the measured ones come out, stage by stage."""
+"""Compare the predicted figures of a plan with the measured ones, stage by stage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from autopipe.plan import Plan
 from autopipe.report.plans import modules
-from autopipe.report.tables import MIB, Cell, Column, Table
+from autopipe.report.tables import Cell, Column, Table
 from autopipe.schedule import Costs
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="stage"),
@@ -34,7 +35,7 @@ class MeasuredStage:
     bytes at the peak.
 
     `transfer_us` is the part of the waits of the last step in which a message was under way; the rest was idle.
-    `peak_bytes` is 0 where it is not known: on a CPU unless AUTOPIPE_COUNT_MEMORY=1, and there for several stages on a
+    `peak_bytes` is 0 if it is not known: on a CPU unless AUTOPIPE_COUNT_MEMORY=1, and there for several stages on a
     rank.
     """
 
@@ -54,9 +55,9 @@ def measured_parts(plan: Plan, measured: Sequence[MeasuredStage]) -> tuple[Table
 
 
 def measured_title(plan: Plan, measured: Sequence[MeasuredStage]) -> str:
-    """The comparison in one line."""
+    """Title: the plan and the number of steps."""
     of = f"{plan.num_stages} stages, {plan.num_microbatches} micro-batches, median of {measured[0].num_steps} steps"
-    return f"Predicted beside measured: {of}"
+    return f"Predicted and measured: {of}"
 
 
 def _table(plan: Plan, measured: Sequence[MeasuredStage]) -> Table:

@@ -1,4 +1,4 @@
-"""A plan goes in; one or two sentences come out: what holds the step back, by how much, and what would help most."""
+"""Explain a plan in one or two sentences: what slows the step, by how much, and what would help most."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass
 
 from autopipe.plan import FREE_LINK, Plan
-from autopipe.report.tables import MIB
 from autopipe.simulate import simulate
+from autopipe.units import MIB
 
 WORTH_SAYING = 0.02
 """A saving below this share of the step is noise of the cost model, and is not mentioned."""
@@ -19,7 +19,7 @@ class Remedy:
     """A change of the plan that was simulated.
 
     Attributes:
-        cause: what holds the step back.
+        cause: what slows the step.
         advice: what to change.
         saving: the share of the time of a sample that the change saves.
     """
@@ -30,8 +30,7 @@ class Remedy:
 
 
 def explain(plan: Plan) -> str:
-    """The bottleneck of the step and the change that would help most, from simulations of the plan with one thing
-    changed."""
+    """Explain what slows the step and what would help most, from simulations of the plan with one thing changed."""
     sentences = [warning] if (warning := _memory_warning(plan)) else []
     found = remedies(plan)
     if plan.num_stages == 1:

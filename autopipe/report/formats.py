@@ -1,4 +1,4 @@
-"""A plan goes in; its report comes out in any format."""
+"""Report of a plan in any format."""
 
 from __future__ import annotations
 

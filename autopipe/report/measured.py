@@ -1,5 +1,4 @@
-"""A plan and what its steps took go in; predicted beside measured comes out in any format, and is read back from
-JSON."""
+"""Report of a run, predicted and measured, in any format; read back from JSON."""
 
 from __future__ import annotations
 
@@ -26,8 +25,9 @@ REMEDY = "write one with engine.report('json')"
 def measured_report(
     plan: Plan, measured: Sequence[MeasuredStage], format: str = "table", *, timeline: Timeline | None = None
 ) -> str:
-    """Predicted beside measured, as `table`, `json`, `csv`, `md` or `html` (the plan's page, with a measured timeline
-    where given).
+    """Report predicted and measured figures as `table`, `json`, `csv`, `md` or `html`.
+
+    HTML is the plan's page, with a measured timeline if given.
 
     A notebook shows a `table` as HTML.
 
@@ -40,7 +40,7 @@ def measured_report(
         )
     if format == "html":
         return plan_page(plan, measured=measured, timeline=timeline)
-    document = Document(title="No step was measured yet", parts=("Two training steps are needed: the first warms up.",))
+    document = Document(title="No step measured yet", parts=("Two training steps are needed: the first warms up.",))
     if measured:
         document = Document(title=measured_title(plan, measured), parts=measured_parts(plan, measured))
     return ReportText(document) if format == "table" else render(document, format)

@@ -1,7 +1,6 @@
-"""Notebook views of a Plan, a Timeline and the report of a run: `_repr_html_`, given to the first two
-here, where reports are made.
+"""Give a Plan, a Timeline and the report of a run their `_repr_html_` for notebooks.
 
-The classes stand before this package in the order of imports, so they cannot make their reports themselves.
+Plan and Timeline come before this package in the order of imports, so they cannot import the reports themselves.
 """
 
 from __future__ import annotations
@@ -48,6 +47,6 @@ def timeline_html(timeline: Timeline) -> str:
 
 
 def show_in_notebooks() -> None:
-    """Gives both classes their `_repr_html_`."""
+    """Give both classes their `_repr_html_`."""
     for shown, method in ((Plan, plan_html), (Timeline, timeline_html)):
         setattr(shown, "_repr_html_", method)  # noqa: B010

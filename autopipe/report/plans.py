@@ -1,5 +1,4 @@
-"""A plan goes in; tables and sentences come out: a row a stage, the figures of the step, the usual splits beside it, an
-explanation."""
+"""Report of a plan: a row for each stage, the figures of the step, the usual splits for comparison, an explanation."""
 
 from __future__ import annotations
 
@@ -8,8 +7,9 @@ import math
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.candidates import candidate_table, why
 from autopipe.report.explain import explain
-from autopipe.report.tables import MIB, Cell, Column, Table, readable
+from autopipe.report.tables import Cell, Column, Table, readable
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 WHOLE_MODEL = "(model)"
 STAGE_COLUMNS = (
@@ -59,13 +59,13 @@ def loads(plan: Plan) -> list[float]:
 
 
 def samples_per_s(plan: Plan) -> float | None:
-    """Samples trained in a second, the optimizer apart; None where the step takes no time."""
+    """Samples trained in a second, the optimizer apart; None if the step takes no time."""
     samples = plan.microbatch_size * plan.num_microbatches * plan.data_parallel
     return samples / plan.step_us * 1e6 if plan.step_us else None
 
 
 def plan_figures(plan: Plan) -> dict[str, object]:
-    """Additions of the report to a plan."""
+    """The figures that the report adds to a plan."""
     return {
         "load": loads(plan),
         "samples_per_s": samples_per_s(plan),
@@ -80,7 +80,7 @@ def gap_of(plan: Plan) -> float | None:
 
 
 def plan_title(plan: Plan) -> str:
-    """The plan in one line."""
+    """Summary of the plan in one line."""
     replicas = f", {plan.data_parallel} replicas" if plan.data_parallel > 1 else ""
     estimated = " (estimated costs)" if plan.estimated else ""
     return (
@@ -96,7 +96,7 @@ def modules(stage: StagePlan) -> str:
 
 
 def stage_table(plan: Plan) -> Table:
-    """A row a stage."""
+    """A row for each stage."""
     rows: list[tuple[Cell, ...]] = []
     for stage, load in zip(plan.stages, loads(plan), strict=True):
         limit = 100 * stage.peak_bytes / plan.memory_limit_bytes if plan.memory_limit_bytes else None
@@ -149,7 +149,7 @@ def link_words(plan: Plan) -> str:
 
 
 def split_table(plan: Plan) -> Table:
-    """The plan beside the splits that one would otherwise make."""
+    """Table of the plan and the splits that one would otherwise make."""
     limit = plan.memory_limit_bytes
 
     def row(name: str, step_us: float, imbalance: float, bubble: float, peak_bytes: int) -> tuple[Cell, ...]:

@@ -1,4 +1,4 @@
-"""A profile goes in; its report comes out: the module tree with totals and shares, and the nodes, slowest first."""
+"""Report of a profile: the module tree with totals and shares, and the nodes, slowest first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from autopipe.report.plans import WHOLE_MODEL
-from autopipe.report.tables import MIB, Cell, Column, Document, Table, render
+from autopipe.report.tables import Cell, Column, Document, Table, render
+from autopipe.units import MIB
 from profiler.records import NodeProfile, Profile
 
 SHOWN_NODES = 30
@@ -39,7 +40,7 @@ MODULE_COLUMNS = (
 
 @dataclass(slots=True)
 class ModuleTotals:
-    """Sums over the nodes of a module and of its submodules; a shared parameter counts once."""
+    """Totals of the nodes of a module and of its submodules; a shared parameter counts once."""
 
     name: str
     num_nodes: int = 0
@@ -50,7 +51,7 @@ class ModuleTotals:
     measured: int = 0
 
     def add(self, node: NodeProfile, params: dict[str, float]) -> None:
-        """Adds a node."""
+        """Add a node."""
         self.num_nodes += 1
         self.forward_us += node.forward_us
         self.backward_us += node.backward_us
@@ -120,7 +121,7 @@ def _ancestors(module: str) -> Iterator[str]:
 
 
 def _param_bytes(profile: Profile, node: NodeProfile) -> dict[str, float]:
-    """Size of each parameter that a node reads; its bytes in equal parts where the profile does not list them."""
+    """Size of each parameter that a node reads; its bytes in equal parts if the profile does not list them."""
     even = node.param_bytes / len(node.params) if node.params else 0.0
     return {n: profile.parameters[n].bytes if n in profile.parameters else even for n in node.params}
 

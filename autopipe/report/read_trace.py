@@ -1,5 +1,4 @@
-"""A trace file goes in, as `engine.trace(path)` and `autopipe simulate -o trace.json` write it; its timeline comes
-out."""
+"""Read a timeline from a trace that `engine.trace(path)` or `autopipe simulate -o trace.json` wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autopipe.errors import ConfigError
-from autopipe.report.trace import NAMES
+from autopipe.report.perfetto import NAMES
 from autopipe.simulate import Event, Timeline
 from profiler.records import read_json
 

@@ -1,12 +1,11 @@
-"""A timeline goes in; an SVG picture comes out: a row for the compute of each rank, thin rows for its links, time to
-the right."""
+"""A timeline as an SVG picture: a row for the compute of each rank, thin rows for its links, time to the right."""
 
 from __future__ import annotations
 
 import html
 import math
 
-from autopipe.report.trace import NAMES, lane_name
+from autopipe.report.perfetto import NAMES, row_name
 from autopipe.simulate import Event, Timeline
 
 WIDTH, LEFT, RIGHT, TOP, AXIS = 1200, 70, 110, 30, 24
@@ -35,7 +34,7 @@ def timeline_svg(timeline: Timeline) -> str:
         f"<style>{STYLE}</style>",
         *_legend(),
         *_ranks(timeline, rows),
-        *(_box(event, rows[event.rank, lane_name(event)], scale) for event in timeline.events if event.kind in NAMES),
+        *(_box(event, rows[event.rank, row_name(event)], scale) for event in timeline.events if event.kind in NAMES),
         *_axis(timeline, height - AXIS, scale),
         "</svg>",
     ]
@@ -43,15 +42,15 @@ def timeline_svg(timeline: Timeline) -> str:
 
 
 def _rows(timeline: Timeline) -> dict[tuple[int, str], tuple[float, float]]:
-    """Top and height of each lane: a rank's compute, then its links."""
-    lanes = {(rank, "compute") for rank in range(timeline.num_ranks)}
-    lanes |= {(event.rank, lane_name(event)) for event in timeline.events if event.kind in NAMES}
+    """Top and height of each row: a rank's compute, then its links."""
+    names = {(rank, "compute") for rank in range(timeline.num_ranks)}
+    names |= {(event.rank, row_name(event)) for event in timeline.events if event.kind in NAMES}
     rows, y = {}, float(TOP)
     for rank in range(timeline.num_ranks):
-        own = sorted(lane for r, lane in lanes if r == rank)
-        for lane in own:
-            height = COMPUTE_HEIGHT if lane == "compute" else LINK_HEIGHT
-            rows[rank, lane] = (y, float(height))
+        own = sorted(name for r, name in names if r == rank)
+        for name in own:
+            height = COMPUTE_HEIGHT if name == "compute" else LINK_HEIGHT
+            rows[rank, name] = (y, float(height))
             y += height + 1
         y += GAP
     return rows

@@ -1,5 +1,4 @@
-"""Tables and sentences go in; text, CSV, Markdown or HTML comes out. JSON is each report's own: raw bytes and
-microseconds."""
+"""Render tables and sentences as text, CSV, Markdown or HTML; JSON is each report's own, in bytes and microseconds."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from autopipe.errors import ConfigError
 
 Format = Literal["table", "json", "csv", "md", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MIB = 2.0**20
 SMALL_MIB = 10.0
 Cell = str | int | float | None
 
@@ -95,7 +93,7 @@ def _body(table: Table) -> list[list[str]]:
 
 
 def _align(table: Table) -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Align words to the left and numbers to the right."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
     return ["left" if any(isinstance(cell, str) for cell in column) else "right" for column in columns]
 

@@ -1,14 +1,15 @@
-"""A timeline goes in; its report comes out: a row a rank, and in HTML the picture above it."""
+"""Report of a timeline: a row for each rank, and in HTML the picture above it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 
+from autopipe.report.perfetto import chrome_trace
 from autopipe.report.svg import timeline_svg
-from autopipe.report.tables import MIB, Cell, Column, Document, Table, html_part, page, render
-from autopipe.report.trace import chrome_trace
+from autopipe.report.tables import Cell, Column, Document, Table, html_part, page, render
 from autopipe.simulate import Timeline
+from autopipe.units import MIB
 
 COLUMNS = (
     Column(name="rank"),

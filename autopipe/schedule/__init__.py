@@ -1,4 +1,8 @@
-"""A schedule as data: for each rank a list of actions, which is made, checked, simulated, drawn and executed."""
+"""Schedules as data.
+
+A kind of schedule, a stage graph and `Costs` become a `Schedule`: a list of actions for each rank, which is checked,
+simulated, drawn and executed. Read `actions.py` first, then `kinds.py` and `build.py`.
+"""
 
 from autopipe.schedule.actions import Action, Edge, Schedule
 from autopipe.schedule.build import build_schedule

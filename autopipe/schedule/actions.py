@@ -1,4 +1,4 @@
-"""A schedule: for each rank a list of actions, as plain values in torch's spelling."""
+"""A schedule as plain values: for each rank a list of actions, in torch's spelling."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads what `str()` writes.
+        """Parse an action from the text that `str()` writes.
 
         Raises:
             ScheduleError: the text is not an action.
@@ -58,7 +58,7 @@ class Action:
 
     @property
     def matching(self) -> Action:
-        """Of a send or a receive, the action at the other end."""
+        """The action at the other end of a send or a receive."""
         kind = RECEIVE_OF.get(self.kind) or SEND_OF[self.kind]
         return Action(kind, self.peer, self.microbatch, self.stage)
 
@@ -67,7 +67,7 @@ class Action:
 class Edge:
     """A directed edge of the stage graph: `source` < `target`; skips over stages are allowed.
 
-    One send and one receive for each micro-batch move all the tensors of the edge. `backward` is false where no
+    One send and one receive for each micro-batch move all the tensors of the edge. `backward` is false if no
     gradient comes back.
     """
 
@@ -108,11 +108,11 @@ class Schedule:
         return stage % len(self.actions)
 
     def is_local(self, edge: Edge) -> bool:
-        """Both ends run on one rank: nothing is sent."""
+        """Return whether both ends run on one rank, so that nothing is sent."""
         return self.rank_of(edge.source) == self.rank_of(edge.target)
 
     def describe(self) -> str:
-        """One line a rank, in torch's spelling."""
+        """One line for each rank, in torch's spelling."""
         return "\n".join(f"rank {rank}: {' '.join(map(str, actions))}" for rank, actions in enumerate(self.actions))
 
 

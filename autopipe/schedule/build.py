@@ -1,5 +1,4 @@
-"""A kind of schedule, a stage graph and costs go in; the actions of every rank, taken from one global order, come
-out."""
+"""Build a schedule: the actions of every rank, taken from one global order."""
 
 from __future__ import annotations
 
@@ -8,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import Action, Edge, Schedule, restrict
 from autopipe.schedule.costs import Costs
+from autopipe.schedule.event_graph import EventGraph, issue_times_us, unroll
 from autopipe.schedule.kinds import KINDS, SEVERAL_STAGES_A_RANK, dealt_over_ranks
-from autopipe.schedule.program import Program, issue_times_us, unroll
 
 
 def build_schedule(
@@ -22,7 +21,7 @@ def build_schedule(
     reductions: Iterable[Sequence[int]] = (),
     num_ranks: int | None = None,
 ) -> Schedule:
-    """The schedule of `num_microbatches` micro-batches over `num_stages` stages.
+    """Build the schedule of `num_microbatches` micro-batches over `num_stages` stages.
 
     The lists of the ranks are restrictions of one topological order of all computes, transfers and reductions, so that
     no order of queues can deadlock: the smallest unfinished event can always run. That order is taken from a simulation
@@ -32,7 +31,7 @@ def build_schedule(
         kind: `1f1b`, `eager-1f1b`, `gpipe`, `zb-h1`, `interleaved`, or `forward` (no backward: evaluation).
         num_stages, num_microbatches: at least 1 each; fewer micro-batches than stages are fine.
         edges: which stages send to which, each pair once.
-        costs: times of the stages and links, in microseconds; even stages and fast links where nothing is given.
+        costs: times of the stages and links, in microseconds; None: even stages and fast links.
         reductions: groups of stages whose gradients of a tied parameter are summed after the last backward of each of
             them.
         num_ranks: of `interleaved` and `forward`, the ranks over which the stages are dealt in turn; as many as stages
@@ -49,9 +48,9 @@ def build_schedule(
     _validate_graph(num_stages, edges, groups)
     facts = KINDS[kind]
     orders = facts.orders(num_stages, num_microbatches, num_ranks)
-    program = unroll(orders, edges, forward_only=not facts.has_backward)
-    times = issue_times_us(program, costs or Costs.default(num_stages, edges))
-    order = _global_order(program, times, groups if facts.has_backward else ())
+    graph = unroll(orders, edges, forward_only=not facts.has_backward)
+    times = issue_times_us(graph, costs or Costs.default(num_stages, edges))
+    order = _global_order(graph, times, groups if facts.has_backward else ())
     return Schedule(
         kind=kind,
         num_stages=num_stages,
@@ -63,19 +62,19 @@ def build_schedule(
     )
 
 
-def _global_order(program: Program, times: list[float], groups: tuple[tuple[int, ...], ...]) -> tuple[Action, ...]:
-    """Events by time, where equal in the topological order of the program; each reduction after its last backward."""
+def _global_order(graph: EventGraph, times: list[float], groups: tuple[tuple[int, ...], ...]) -> tuple[Action, ...]:
+    """Events by time, ties in the topological order of the graph; each reduction after its last backward."""
     by_time = sorted(range(len(times)), key=times.__getitem__)
     last_backward: dict[int, int] = {}
     for position, index in enumerate(by_time):
-        if program.events[index].kind in ("B", "I", "W"):
-            last_backward[program.events[index].stage] = position
+        if graph.events[index].kind in ("B", "I", "W"):
+            last_backward[graph.events[index].stage] = position
     due: dict[int, list[int]] = {}
     for group, stages in enumerate(groups):
         due.setdefault(max(last_backward[s] for s in stages), []).append(group)
     order: list[Action] = []
     for position, index in enumerate(by_time):
-        order.append(program.events[index])
+        order.append(graph.events[index])
         order += [Action("REDUCE_GRAD", groups[g][0], g) for g in due.get(position, ())]
     return tuple(order)
 

@@ -1,9 +1,8 @@
-"""A schedule goes in; it is proved to lose nothing, to use nothing too early and to be free of deadlock, or an error
-names the fault.
+"""Prove that a schedule loses nothing, uses nothing too early and is free of deadlock.
 
 Deadlock is judged under the strictest reading: a send blocks until its receive is reached, and each rank has one queue
 for computes and transfers alike. If the lists run to their end under this reading, the order in which they ran is a
-topological order that every list follows, so that under any wider reading (a queue a rank, a pair of ranks, or an edge)
+topological order that every list follows, so that under any wider reading (a queue for each rank, rank pair or edge)
 the earliest unfinished event of that order is always enabled, and the schedule ends too.
 """
 
@@ -12,12 +11,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, SEND_OF, Action, Kind, Schedule, restrict, sides
-from autopipe.schedule.check_rank import Flow, check_rank, fault, flows_of
+from autopipe.schedule.check_rank import check_rank, fault, flows_of
+from autopipe.schedule.event_graph import StageFlow
 from autopipe.schedule.kinds import KINDS
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Proves a schedule, in time linear in its number of actions.
+    """Prove a schedule, in time linear in its number of actions.
 
     Proved: every compute runs once, a backward after its forward; every tensor is sent once and received once, in the
     same sequence at both ends of an edge; nothing is used before it arrives; at most two receives of an edge wait for
@@ -56,8 +56,8 @@ def _check_computes(schedule: Schedule) -> None:
 
 
 def _check_transfers(schedule: Schedule) -> None:
-    sent: dict[Flow, list[int]] = defaultdict(list)
-    received: dict[Flow, list[int]] = defaultdict(list)
+    sent: dict[StageFlow, list[int]] = defaultdict(list)
+    received: dict[StageFlow, list[int]] = defaultdict(list)
     for actions in schedule.actions:
         for a in actions:
             if a.kind in RECEIVE_OF:
@@ -104,7 +104,7 @@ def _check_reductions(schedule: Schedule) -> None:
 
 
 def _check_deadlock(schedule: Schedule) -> None:
-    """Plays the lists with one queue a rank and blocking sends: an event runs when all its ranks have reached it."""
+    """Play the lists with a queue per rank and blocking sends: an event runs when all its ranks have reached it."""
     position = [0] * schedule.num_ranks
     runnable = list(range(schedule.num_ranks))
     while runnable:

@@ -1,5 +1,4 @@
-"""One rank's list goes in; it is proved in order of uses, in posted receives and in live activations, or an error names
-the fault."""
+"""Check one rank's list: the order of uses, the posted receives and the live activations."""
 
 from __future__ import annotations
 
@@ -7,22 +6,18 @@ from collections import defaultdict
 
 from autopipe.errors import ScheduleError
 from autopipe.schedule.actions import RECEIVE_OF, SEND_OF, Action, Kind, Schedule
+from autopipe.schedule.event_graph import MAX_POSTED_RECEIVES, StageFlow, flows_of_edges, phase
 from autopipe.schedule.kinds import KINDS
-from autopipe.schedule.program import MAX_POSTED_RECEIVES, flows_of_edges, phase
-
-Flow = tuple[Kind, int, int]
-"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads
-them."""
 
 REMEDY = "make the schedule with autopipe.schedule.build_schedule, with the same arguments on every rank"
 
 
 def fault(got: str, expected: str, where: str) -> ScheduleError:
-    """The error of a schedule that is not right."""
+    """Return the error of a faulty schedule."""
     return ScheduleError(got, expected=expected, where=where, remedy=REMEDY)
 
 
-def flows_of(schedule: Schedule) -> list[Flow]:
+def flows_of(schedule: Schedule) -> list[StageFlow]:
     """The flows of a schedule's stage graph, those between stages of one rank included."""
     return flows_of_edges(schedule.edges, not KINDS[schedule.kind].has_backward)
 
@@ -34,7 +29,7 @@ def live_bound(schedule: Schedule, rank: int) -> int:
 
 
 def check_rank(schedule: Schedule, rank: int) -> None:
-    """Proves what a rank's list must satisfy by itself.
+    """Check what a rank's list must satisfy by itself.
 
     Raises:
         ScheduleError: a tensor is used before it is received or sent before it is made, a backward comes before its
@@ -51,16 +46,16 @@ def check_rank(schedule: Schedule, rank: int) -> None:
 
 
 class _Walk:
-    """State after each action of a rank's list."""
+    """The tensors that are there after each action of a rank's list."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.rank, self.forward_only = rank, not KINDS[schedule.kind].has_backward
-        self.local: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
-        self.inward: dict[tuple[Kind | None, int], list[Flow]] = defaultdict(list)
+        self.local: dict[tuple[Kind | None, int], list[StageFlow]] = defaultdict(list)
+        self.inward: dict[tuple[Kind | None, int], list[StageFlow]] = defaultdict(list)
         for flow in flows_of(schedule):
             same_rank = schedule.rank_of(flow[1]) == schedule.rank_of(flow[2])
             (self.local if same_rank else self.inward)[flow[0], flow[2]].append(flow)
-        self.posted: dict[Flow, set[int]] = defaultdict(set)
+        self.posted: dict[StageFlow, set[int]] = defaultdict(set)
         self.computed: set[tuple[Kind | None, int, int]] = set()
         self.live, self.bound = 0, live_bound(schedule, rank)
 

@@ -1,4 +1,4 @@
-"""Costs of a schedule: times of stages and links, bytes of activations, all for one micro-batch."""
+"""Costs that a schedule is played with: times of stages and links, bytes of activations, all for one micro-batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Self
 from autopipe.schedule.actions import Action, Edge
 
 Link = tuple[float, float | None]
-"""Microseconds that a transfer forward and its gradient back hold the link; None if no gradient comes
+"""Times that a transfer forward and its gradient back hold the link, in microseconds; None if no gradient comes
 back."""
 
 SPLIT_SHARE = 0.08
-"""Extra time of a plan's backward in two parts, since activations are read twice: of CPUs the least
+"""Extra share of a plan's backward in two parts over one, since activations are read twice: of CPUs the least
 that was measured, for devices on which nothing was."""
 CPU_SPLIT_SHARE, CPU_SPLIT_NODE_US = 0.25, 20.0
 """The same on a CPU, and the time in which its graph is walked, for each node of the stage. The share differs between
-machines by three times: it is that of one where it is high, so that backwards are divided where that helps on any
+machines by three times: it is that of one with a high share, so that backwards are divided only if that helps on all
 (`benchmarks/engine.py divide`)."""
 
 DEFAULT_FORWARD_US, DEFAULT_BACKWARD_US, DEFAULT_LINK_US = 1.0, 2.0, 0.05
@@ -34,7 +34,7 @@ class Costs:
         activation_bytes: what each stage keeps from the forward of a micro-batch to its backward.
         static_bytes: what each stage holds all the time.
         reduce_us: time of summing the gradients of each stage over the replicas, after its last backward; empty: none.
-        weight_share: the part of the backward that computes weight gradients, where the schedule splits it (I and W).
+        weight_share: the part of the backward that computes weight gradients, if the schedule splits it (I and W).
         split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
     """
 
@@ -57,7 +57,7 @@ class Costs:
         )
 
     def duration_us(self, action: Action) -> float:
-        """Time that a compute holds its rank, or a send its link; 0 for a reduction and for a link without a cost."""
+        """Return the time a compute holds its rank or a send its link; 0 for a reduction and a link without a cost."""
         match action.kind:
             case "F":
                 return self.forward_us[action.stage]
@@ -75,5 +75,5 @@ class Costs:
                 return 0.0
 
     def _divided_us(self, stage: int) -> float:
-        """Both parts of a stage's backward."""
+        """Return the time of both parts of a stage's backward."""
         return self.backward_us[stage] + (self.split_us[stage] if self.split_us else 0.0)

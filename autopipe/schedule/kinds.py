@@ -54,7 +54,7 @@ class ScheduleKind:
     torch: str | None
 
     def fits(self, num_stages: int, num_ranks: int) -> bool:
-        """Return whether it is the right kind for these stages on these ranks."""
+        """Return whether it can deal these stages over these ranks."""
         return num_stages > num_ranks if self.several_stages_a_rank else num_stages == num_ranks
 
 
@@ -166,7 +166,7 @@ SEVERAL_STAGES_A_RANK = tuple(kind.name for kind in KINDS.values() if kind.sever
 
 
 def undivided(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of some schedules that compute a backward as a whole."""
+    """Return those of the schedules that compute a backward as a whole."""
     return tuple(name for name in names if not KINDS[name].divides_backward)
 
 

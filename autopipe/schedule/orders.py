@@ -119,7 +119,7 @@ def interleaved(num_stages: int, num_microbatches: int, num_ranks: int) -> Order
     num_rounds = -(-num_stages // num_ranks)
     orders = []
     for rank in range(num_ranks):
-        # Where the ranks do not divide the stages, the order is that of the next number that they divide, without the
+        # If the ranks do not divide the stages, the order is that of the next number that they divide, without the
         # stages that are not there: what is left of an order that does not deadlock cannot deadlock.
         stages = range(rank, num_rounds * num_ranks, num_ranks)
         forwards = [Action("F", s, m) for group in groups for s in stages for m in group]
@@ -140,7 +140,7 @@ def interleaved_warm_up(num_stages: int, num_microbatches: int, num_ranks: int, 
 
 
 def _groups(num_microbatches: int, num_ranks: int) -> list[range]:
-    """Consecutive micro-batches in groups of nearly equal size, at least as many as ranks where there are so many."""
+    """Consecutive micro-batches in groups of nearly equal size, at least as many as ranks if there are so many."""
     count = max(1, num_microbatches // num_ranks)
     sizes = [num_microbatches // count + (i < num_microbatches % count) for i in range(count)]
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

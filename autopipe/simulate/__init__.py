@@ -1,5 +1,8 @@
-"""Simulated steps, without devices: schedules played against costs, a fast step time for the planner, and a lower
-bound."""
+"""Time and memory of a step, without devices.
+
+A plan, or a schedule and its costs, becomes a `Timeline`; the planner calls the faster `step_time_us`. Read `play.py`
+first.
+"""
 
 from autopipe.schedule.costs import Costs
 from autopipe.simulate.bound import h_bound_us

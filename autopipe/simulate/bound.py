@@ -1,5 +1,4 @@
-"""Times of stages and links go in, a lower bound on the 1F1B step comes out: the longest of the paths that usually
-decide it.
+"""A lower bound on the 1F1B step: the longest of the paths that usually decide it.
 
 For stage q, with f, b its forward and backward time and t = f + b, let S be the round-trip work before it and R that
 after it (links included), w = K - q its warm-up, rt(q, j) the round trip from q through j and back. Every 1F1B step
@@ -55,7 +54,7 @@ def h_bound_us(
 
 
 def _forward_paths(start: int, forward_us: Sequence[float], links: Mapping[tuple[int, int], Link]) -> list[float]:
-    """Longest time from the start of a forward on stage `start` to its end on each stage; -inf where nothing flows."""
+    """Longest time from the start of a forward on stage `start` to its end on each stage; -inf if nothing flows."""
     end = [NO_PATH] * len(forward_us)
     end[start] = forward_us[start]
     for source, target in sorted(links, key=lambda pair: pair[1]):
@@ -64,7 +63,7 @@ def _forward_paths(start: int, forward_us: Sequence[float], links: Mapping[tuple
 
 
 def _backward_paths(start: int, backward_us: Sequence[float], links: Mapping[tuple[int, int], Link]) -> list[float]:
-    """Longest time from the start of a backward on stage `start` to its end on each earlier stage; -inf where nothing
+    """Longest time from the start of a backward on stage `start` to its end on each earlier stage; -inf if nothing
     flows."""
     end = [NO_PATH] * len(backward_us)
     end[start] = backward_us[start]

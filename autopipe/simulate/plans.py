@@ -1,5 +1,4 @@
-"""A plan goes in; its costs, its schedule, and the timeline of a step come out: the `what if` behind `autopipe
-simulate`."""
+"""Costs, schedule and timeline of a plan, as `autopipe simulate` shows them."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ def simulate(
 
     Args:
         plan: stages, transfers, and the link between them.
-        num_microbatches, schedule, link: in place of the plan's own. A micro-batch keeps its size: more of them are a
+        num_microbatches, schedule, link: instead of the plan's own. A micro-batch keeps its size: more of them are a
             larger batch.
 
     Raises:

@@ -1,5 +1,4 @@
-"""A schedule and costs go in; the actions are played, each rank in its order and each link as a resource, and a
-Timeline comes out."""
+"""Play a schedule against costs: each rank runs its actions in order, each link is a resource."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ from collections import Counter, defaultdict
 
 from autopipe.schedule.actions import COMPUTES, RECEIVE_OF, Action, Kind, Schedule, sides
 from autopipe.schedule.costs import Costs
+from autopipe.schedule.event_graph import phase
 from autopipe.schedule.kinds import KINDS
-from autopipe.schedule.program import phase
 from autopipe.simulate.timeline import Event, Timeline
 
 
 def simulate_schedule(schedule: Schedule, costs: Costs) -> Timeline:
-    """Plays a schedule as the engine executes it.
+    """Play a schedule as the engine executes it.
 
     A compute holds its rank and starts when the rank has come to it and what it reads has arrived. Sends and receives
     are issued when the rank comes to them and do not hold it; the transfer starts when both ends are issued and its
@@ -86,7 +85,7 @@ def _arrive(
 def _hand_over(
     arrived: dict[tuple[Kind | None, int, int], float], action: Action, source: int, target: int, time_us: float
 ) -> None:
-    """Between two stages of one rank nothing is sent: what one makes is there for the other."""
+    """Nothing is sent between two stages of one rank: what one makes is there for the other."""
     if phase(action.kind) == "SEND_F" and action.stage == source:
         _arrive(arrived, "SEND_F", target, action.microbatch, time_us)
     elif phase(action.kind) == "SEND_B" and action.stage == target:
@@ -113,7 +112,7 @@ def _peak_bytes(schedule: Schedule, costs: Costs) -> tuple[int, ...]:
 
 
 def count_live(schedule: Schedule) -> tuple[int, ...]:
-    """For each stage, the most micro-batches whose activations are alive at once; 1 where nothing is kept for a
+    """Return for each stage the most micro-batches whose activations are alive at once; 1 if nothing is kept for a
     backward."""
     live: Counter[int] = Counter()
     peak: Counter[int] = Counter()

@@ -25,11 +25,11 @@ def schedules_for(num_stages: int, num_ranks: int, among: Sequence[str] = TRIED)
 def fastest_schedule(plan: Plan, *, num_ranks: int | None = None, schedules: Sequence[str] | None = None) -> Plan:
     """The plan under the schedule with the shortest simulated step, of those whose memory is within the plan's limit.
 
-    Where none is within it the one that needs least memory is taken. Cuts, recompute and link stay as they are.
+    If none is within it, the one that needs least memory is taken. Cuts, recompute and link stay as they are.
 
     Args:
-        num_ranks: ranks over which the stages are dealt; the plan's where it is None.
-        schedules: to choose from; those that the engine can run where it is None.
+        num_ranks: ranks over which the stages are dealt; None: the plan's.
+        schedules: to choose from; None: those that the engine can run.
 
     Raises:
         ScheduleError: no schedule deals these stages over these ranks.
@@ -85,7 +85,7 @@ def rescheduled(plan: Plan, schedule: str, *, num_ranks: int | None = None) -> P
 
 
 def within_memory(plan: Plan) -> bool:
-    """Whether each rank's peak is within the memory of its device, as far as that is known."""
+    """Return whether each rank's peak is within the memory of its device, as far as that is known."""
     limits = [stage.memory_limit_bytes or plan.memory_limit_bytes for stage in plan.stages]
     return not any(limits) or all(
         not limit or peak <= limit for peak, limit in zip(rank_peak_bytes(plan), limits, strict=False)

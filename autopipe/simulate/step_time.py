@@ -1,5 +1,4 @@
-"""Times of stages and links go in, the makespan of a step comes out: the planner's objective, called thousands of
-times.
+"""Makespan of a step: the planner's objective, called thousands of times.
 
 The dependency graph of a schedule depends only on its kind, K, M and the stage graph. It is unrolled once into rows of
 (up to three) predecessors and one duration, and then only evaluated: the longest path, the same sums in the same order
@@ -13,8 +12,8 @@ from functools import lru_cache
 
 from autopipe.schedule.actions import COMPUTES, Edge
 from autopipe.schedule.costs import Link
+from autopipe.schedule.event_graph import EventGraph, unroll
 from autopipe.schedule.kinds import DEFAULT, KINDS
-from autopipe.schedule.program import Program, unroll
 
 Row = tuple[int, int, int, int]
 """Three predecessors (0 is the start of the step) and the index of the duration."""
@@ -40,8 +39,8 @@ def step_time_us(
             None says that no gradient comes back.
         num_microbatches: M, at least 1.
         schedule: a kind that `build_schedule` knows.
-        num_ranks: ranks over which the stages are dealt in turn; as many as stages where it is None.
-        weight_share: the part of the backward that computes weight gradients, where the schedule splits it.
+        num_ranks: ranks over which the stages are dealt in turn; None: as many as stages.
+        weight_share: the part of the backward that computes weight gradients, if the schedule splits it.
         split_us: how much longer the two parts take than the backward of a stage in one; empty: no longer.
         reduce_us: of each stage, the sum of its gradients over the replicas, after its last backward.
     """
@@ -61,7 +60,7 @@ def step_time_us(
 
 
 def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float], num_ranks: int) -> float:
-    """End of the last sum over the replicas: on a rank one stage after the other, in the order of their last
+    """Return the end of the last sum over the replicas: on a rank one stage after the other, in the order of their last
     backwards."""
     K = len(reduce_us)
     last = [0.0] * K
@@ -79,7 +78,7 @@ def _reduced(end: list[float], rows: tuple[Row, ...], reduce_us: Sequence[float]
 
 
 def _ends(rows: tuple[Row, ...], duration_us: list[float]) -> list[float]:
-    """End of each row."""
+    """Return the end of each row."""
     end = [0.0]
     append = end.append
     for first, second, third, duration in rows:
@@ -103,20 +102,22 @@ def _rows(
     timed_links: bool,
     num_ranks: int,
 ) -> tuple[Row, ...]:
-    graph = [Edge(*edge) for edge in edges]
-    program = unroll(
-        KINDS[kind].orders(num_stages, num_microbatches, num_ranks), graph, forward_only=not KINDS[kind].has_backward
+    stage_edges = [Edge(*edge) for edge in edges]
+    graph = unroll(
+        KINDS[kind].orders(num_stages, num_microbatches, num_ranks),
+        stage_edges,
+        forward_only=not KINDS[kind].has_backward,
     )
-    column = {(e.source, e.target): i for i, e in enumerate(graph)}
-    return _compile(program, num_stages, column, timed_links)
+    column = {(e.source, e.target): i for i, e in enumerate(stage_edges)}
+    return _compile(graph, num_stages, column, timed_links)
 
 
 def _compile(
-    program: Program, num_stages: int, column: dict[tuple[int, int], int], timed_links: bool
+    graph: EventGraph, num_stages: int, column: dict[tuple[int, int], int], timed_links: bool
 ) -> tuple[Row, ...]:
     rows: list[Row] = []
     row_of: list[int] = []
-    for action, needs, behind in zip(program.events, program.needs, program.queued_behind, strict=True):
+    for action, needs, behind in zip(graph.events, graph.needs, graph.queued_behind, strict=True):
         if action.peer >= 0 and not timed_links:
             # A transfer that takes no time never holds its reader up beyond its producer: slots and the link are free
             # by the time the reader's rank comes to it.

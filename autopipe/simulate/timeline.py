@@ -1,4 +1,4 @@
-"""Events of a step and their times: the same record for a simulated and for a measured step."""
+"""Timeline of a step: the same record for a simulated and for a measured one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Event:
     """One compute, transfer or reduction.
 
     Attributes:
-        rank: where it ran; of a transfer, the sending rank.
+        rank: the rank on which it ran; of a transfer, the sending rank.
         kind, stage, microbatch, peer: as in `Action`.
         start_us, end_us: from the start of the step, in microseconds; of a transfer, how long it held the link.
     """
@@ -34,7 +34,7 @@ class Timeline:
         events: in the order in which they were issued.
         makespan_us: from the start of the step to the end of its last event.
         bubble: for each rank, the share of the makespan in which it does not compute, from 0 to 1.
-        peak_bytes: for each rank, the most memory that it holds; zeros where sizes are not known.
+        peak_bytes: for each rank, the most memory that it holds; zeros if sizes are not known.
     """
 
     events: tuple[Event, ...]

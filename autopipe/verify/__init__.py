@@ -1,4 +1,7 @@
-"""Compares a pipeline of local processes with the plain model: loss, gradients and buffers.
+"""Compare a pipeline of local processes with the plain model.
+
+A function that builds a model and its batch becomes a `Verification`: the differences in loss, gradients and buffers.
+Read this file first, then `ranks.py` and `compare.py`.
 
 A model becomes a `Verification`. Read `__init__.py`, then `ranks.py` and `compare.py`.
 """
@@ -40,7 +43,7 @@ def verify(
 ) -> Verification:
     """Train one step as a pipeline of gloo processes of this machine, and as the plain model in this process.
 
-    Both see the same parameters and the same micro-batches. The loss is the model's own; where it has none, a fixed one
+    Both see the same parameters and the same micro-batches. The loss is the model's own; if it has none, a fixed one
     on its floating outputs. A model that draws random numbers is compared with dropout off.
 
     Args:
@@ -62,7 +65,7 @@ def verify(
             pipeline_step,
             build,
             directory,
-            plain.call,
+            plain.mode,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
             schedule=schedule,

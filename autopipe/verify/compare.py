@@ -1,4 +1,4 @@
-"""Two steps go in, the plain model's and the pipeline's; every difference comes out, the worst first."""
+"""Compare the plain model's step with the pipeline's and list every difference, the worst first."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from autopipe.verify.ranks import RankStep, result_file
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 TOLERANCE_OF_16_BITS = 1e-2
 SMALL = 1e-3
-"""A gradient below this share of the model's largest is compared with that share: below it, rounding of zeros is not a
-fault."""
+"""A gradient below this share of the model's largest is compared with that share: below it, rounding of zeros is not an
+error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One compared value: its relative error, the largest difference over the largest element; a remark where there is
+    """One compared value: its relative error, the largest difference over the largest element; a remark if there is
     none.
 
     Attributes:
-        stage: the stage that has it, -1 where it is of the whole model.
+        stage: the stage that has it, -1 for the whole model.
     """
 
     kind: Literal["loss", "gradient", "buffer"]
@@ -63,7 +63,7 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        """The pipeline computes what the plain model computes."""
+        """Return whether the pipeline computes what the plain model computes."""
         return not self.faults
 
 
@@ -92,8 +92,8 @@ def compare(
         num_microbatches=plain.num_microbatches,
         loss=ranks[0].loss,
         plain_loss=plain.loss,
-        surrogate=plain.call.surrogate,
-        without_dropout=plain.call.without_dropout,
+        surrogate=plain.mode.surrogate,
+        without_dropout=plain.mode.without_dropout,
         num_unsaved_buffers=plain.num_unsaved_buffers,
     )
 

@@ -1,5 +1,4 @@
-"""The reference: the plain model's loss, gradients and buffers for one batch, micro-batch by micro-batch in this
-process."""
+"""The reference: loss, gradients and buffers of the plain model for one batch, by micro-batches in this process."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """Settings of the step on both sides: with a surrogate loss or the model's own, and with dropout off or not."""
+class StepMode:
+    """Loss and dropout of the step on both sides: a surrogate loss or the model's own, dropout off or not."""
 
     surrogate: bool
     without_dropout: bool
@@ -36,7 +35,7 @@ class Call:
 class PlainStep:
     """Results of the plain model; the gradient of a parameter that got none is None."""
 
-    call: Call
+    mode: StepMode
     num_microbatches: int
     loss: float
     gradients: Mapping[str, Tensor | None]
@@ -57,7 +56,7 @@ def surrogate_loss(output: Any, _target: Any = None) -> Tensor:
 
 
 def plain_step(build: Callable[[], Any], num_microbatches: int, directory: Path) -> PlainStep:
-    """Builds the model, saves where the ranks are to start, and runs the step.
+    """Build the model, save the state that the ranks start from, and run the step.
 
     Raises:
         ConfigError: the model has neither a loss nor floating outputs, or is random even with dropout off.
@@ -67,13 +66,13 @@ def plain_step(build: Callable[[], Any], num_microbatches: int, directory: Path)
     with _one_thread():
         microbatches = split(args, kwargs, None, num_microbatches)
         torch.save({"state": model.state_dict(), "args": args, "kwargs": dict(kwargs)}, directory / STATE_FILE)
-        call = _call(model, microbatches[0])
+        mode = _mode(model, microbatches[0])
         model.load_state_dict(torch.load(directory / STATE_FILE, weights_only=False)["state"])
-        loss = _backward(model, microbatches, call)
+        loss = _backward(model, microbatches, mode)
     persistent = model.state_dict().keys()
     buffers = dict(model.named_buffers())
     return PlainStep(
-        call=call,
+        mode=mode,
         num_microbatches=len(microbatches),
         loss=loss,
         gradients={n: p.grad for n, p in model.named_parameters() if p.requires_grad},
@@ -90,12 +89,12 @@ def seed_all(seed: int) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Puts every module in evaluation mode but those whose running statistics a training step updates."""
+    """Put every module in evaluation mode but those whose running statistics a training step updates."""
     for module in model.modules():
         module.training = module.training and isinstance(module, _NormBase)
 
 
-def _call(model: nn.Module, microbatch: MicroBatch) -> Call:
+def _mode(model: nn.Module, microbatch: MicroBatch) -> StepMode:
     output, random_ = _forward(model, microbatch)
     if random_:
         without_dropout(model)
@@ -116,7 +115,7 @@ def _call(model: nn.Module, microbatch: MicroBatch) -> Call:
             where="verify",
             remedy="let the factory's model return its loss or its logits",
         )
-    return Call(surrogate=surrogate, without_dropout=random_)
+    return StepMode(surrogate=surrogate, without_dropout=random_)
 
 
 def _forward(model: nn.Module, microbatch: MicroBatch) -> tuple[Any, bool]:
@@ -127,12 +126,12 @@ def _forward(model: nn.Module, microbatch: MicroBatch) -> tuple[Any, bool]:
     return output, not torch.equal(before, torch.get_rng_state())
 
 
-def _backward(model: nn.Module, microbatches: list[MicroBatch], call: Call) -> float:
+def _backward(model: nn.Module, microbatches: list[MicroBatch], mode: StepMode) -> float:
     raw = raw_weights(microbatches, None)
     shares, total = normalised(raw, sum(raw)), 0.0
     for microbatch, share in zip(microbatches, shares, strict=True):
         output = model(*microbatch.args, **microbatch.kwargs)
-        if call.surrogate:
+        if mode.surrogate:
             loss = surrogate_loss(output)
         else:
             leaves = pytree.tree_leaves(output)
@@ -144,7 +143,7 @@ def _backward(model: nn.Module, microbatches: list[MicroBatch], call: Call) -> f
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """As many threads as the ranks have, so that sums have the same order."""
+    """Use as many threads as the ranks have, so that sums have the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

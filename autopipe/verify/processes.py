@@ -1,5 +1,4 @@
-"""A function goes in; it runs in several local gloo processes, and what each returned comes out. None outlives the
-call."""
+"""Run a function in several local gloo processes and return what each returned; none outlives the call."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from autopipe.errors import AutopipeError, EngineError
 
 Result = TypeVar("Result")
 GRACE_S = 5.0
-"""After the first rank has failed, the others have this long to tell why."""
+"""Seconds that the other ranks have to report their own errors after the first has failed."""
 
 
 def run_processes(function: Callable[[int], Result], num_ranks: int, *, timeout_s: float) -> list[Result]:
-    """`function(rank)` in `num_ranks` processes with torchrun's environment, a port of their own and one thread each.
+    """Run `function(rank)` in `num_ranks` processes with torchrun's environment, their own port and one thread each.
 
     Raises:
-        AutopipeError: what a rank raised, where it is one.
+        AutopipeError: what a rank raised, if it is one.
         EngineError: a rank raised something else, died, or the time is over.
     """
     context = mp.get_context("forkserver")
@@ -86,12 +85,12 @@ def _received(pipe: Connection, process: Any, rank: int) -> Any:
             f"the process of rank {rank} died with exit code {process.exitcode}",
             expected="a process that ends by itself",
             where="verify",
-            remedy="a killed process (-9) is mostly one that had no memory left: use a smaller batch or fewer stages",
+            remedy="exit code -9 usually means out of memory: use a smaller batch or fewer stages",
         )
 
 
 def _cause(failures: dict[int, AutopipeError]) -> AutopipeError:
-    """The first failure by rank that is more than another's echo: a death or a wrong call before an engine's
+    """The first failure by rank that is no consequence of another: a death or a wrong call before an engine's
     message."""
     ranked = sorted(failures.items(), key=lambda item: (isinstance(item[1], EngineError), item[0]))
     return ranked[0][1]
@@ -118,7 +117,7 @@ def _main(pipe: Connection, function: Callable[[int], Any], rank: int, num_ranks
             EngineError(
                 f"rank {rank}: {type(error).__name__}: {error}",
                 where=f"{last.filename}:{last.lineno}",
-                remedy="see that the model trains in one process first",
+                remedy="check that the model trains in one process first",
             )
         )
     pipe.close()

@@ -12,7 +12,7 @@ import torch
 
 from autopipe.api import pipeline
 from autopipe.errors import ConfigError
-from autopipe.verify.plain import SEED, STATE_FILE, Call, seed_all, surrogate_loss, without_dropout
+from autopipe.verify.plain import SEED, STATE_FILE, StepMode, seed_all, surrogate_loss, without_dropout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ def result_file(directory: Path, rank: int) -> Path:
 def pipeline_step(
     build: Callable[[], Any],
     directory: Path,
-    call: Call,
+    mode: StepMode,
     rank: int,
     *,
     num_stages: int,
@@ -42,11 +42,11 @@ def pipeline_step(
     model = build()[0]
     start = torch.load(directory / STATE_FILE, weights_only=False)
     _load(model, start["state"])
-    if call.without_dropout:
+    if mode.without_dropout:
         without_dropout(model)
     engine = pipeline(
         model,
-        loss_fn=surrogate_loss if call.surrogate else None,
+        loss_fn=surrogate_loss if mode.surrogate else None,
         data_parallel=1,
         num_stages=num_stages,
         num_microbatches=num_microbatches,
@@ -69,9 +69,9 @@ def _load(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     different = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
     if different:
         raise ConfigError(
-            f"a factory that makes another model each time: {different[0]!r} differs",
+            f"a factory that makes a different model each time: {different[0]!r} differs",
             expected="the same parameters by name and shape in every process",
             where="verify",
-            remedy="let the factory depend on nothing but its code",
+            remedy="make the factory deterministic: the same parameters on every call",
         )
     model.load_state_dict(state)

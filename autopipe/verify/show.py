@@ -1,4 +1,4 @@
-"""A verification goes in; its report comes out: the verdict, the worst parameters, what was compared and how."""
+"""Report of a verification: the verdict, the worst parameters, and what was compared and how."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     "profiler",
     "autopipe.errors",
+    "autopipe.units",
     "autopipe.cluster",
     "autopipe.schedule",
     "autopipe.plan",

@@ -116,7 +116,7 @@ def test_a_measured_run_is_set_beside_the_plan(tmp_path: Path) -> None:
     assert timeline.makespan_us == pytest.approx(simulate(plan).makespan_us)
     assert timeline.bubble == pytest.approx(simulate(plan).bubble)
     page = measured_report(plan, measured(), "html", timeline=timeline)
-    assert "Predicted beside measured" in page and "Timeline, measured" in page
+    assert "Predicted and measured" in page and "Timeline, measured" in page
     for bad in ("[]", '{"plan": {}, "measured": [{}]}', '{"traceEvents": []}'):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match="remedy"):
@@ -145,7 +145,7 @@ def test_too_many_events_are_cut_and_the_page_says_so() -> None:
 def test_notebooks_show_plans_timelines_and_the_report_of_a_run() -> None:
     plan = small_plan()
     report = measured_report(plan, measured())
-    assert "Predicted beside measured" in report and "<table" not in report
+    assert "Predicted and measured" in report and "<table" not in report
     assert "<table" in pickle.loads(pickle.dumps(report))._repr_html_()
     assert "<table" in plan._repr_html_()  # type: ignore[attr-defined]
     assert "<svg" in simulate(plan)._repr_html_()  # type: ignore[attr-defined]

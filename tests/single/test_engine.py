@@ -113,7 +113,7 @@ def test_report_and_trace(tmp_path: Path) -> None:
     assert "Two training steps are needed" in engine.report()
     for _ in range(3):
         engine.train_batch(*args, target=target)
-    assert "Predicted beside measured" in engine.report()
+    assert "Predicted and measured" in engine.report()
     engine.trace(f"{tmp_path}/trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {(e["name"], e["args"]["name"]) for e in events if e["ph"] == "M" and "name" in e["args"]}

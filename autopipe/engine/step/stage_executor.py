@@ -18,7 +18,7 @@ from autopipe.engine.step.programs import Message, Program, Route
 from autopipe.engine.step.split_backward import WeightGradients, input_gradients
 from autopipe.engine.transport.p2p import Handle, Transport
 from autopipe.schedule import Action
-from autopipe.schedule.program import MAX_POSTED_RECEIVES
+from autopipe.schedule.event_graph import MAX_POSTED_RECEIVES
 from autopipe.stages import MODEL_INPUT
 
 

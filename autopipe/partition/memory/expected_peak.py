@@ -16,7 +16,7 @@ from autopipe.cost import CostGraph, FloatArray, IntArray, StageCosts, sum_by
 from autopipe.partition.memory.live_bytes import StageLiveBytes, Values, stage_hold
 from autopipe.partition.memory.model import OPTIMIZER_STATES, MemoryModel, StageMemory, received_bytes
 from autopipe.schedule import Action, Costs, Edge, build_schedule
-from autopipe.schedule.program import MAX_POSTED_RECEIVES
+from autopipe.schedule.event_graph import MAX_POSTED_RECEIVES
 from profiler.records import Profile
 
 

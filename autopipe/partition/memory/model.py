@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopipe.cost import CostGraph, FloatArray, IntArray, RecomputeOption, StageCosts, crossings, stage_costs, sum_by
+from autopipe.schedule.event_graph import MAX_POSTED_RECEIVES
 from autopipe.schedule.kinds import DEFAULT, KINDS
-from autopipe.schedule.program import MAX_POSTED_RECEIVES
 
 OPTIMIZER_STATES = {"none": 0.0, "sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of optimizer state for each byte of trained parameter."""

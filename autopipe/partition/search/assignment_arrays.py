@@ -17,8 +17,8 @@ from autopipe.partition.effort import Effort
 from autopipe.partition.memory.model import MemoryModel, MicrobatchBytes
 from autopipe.partition.problem import Problem
 from autopipe.schedule.actions import Edge
+from autopipe.schedule.event_graph import unroll
 from autopipe.schedule.kinds import KINDS
-from autopipe.schedule.program import unroll
 
 CELL_S = 2.5e-9
 """Seconds that an operation on one number of an array takes."""

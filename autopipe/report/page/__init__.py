@@ -1,5 +1,4 @@
-"""A plan goes in; one self-contained HTML page comes out: nothing is loaded, and it works from a file, in print, light
-and dark."""
+"""A plan as one self-contained HTML page, which loads nothing and works from a file, in print, light and dark."""
 
 from __future__ import annotations
 
@@ -68,9 +67,7 @@ def plan_page(
         *(_section(f"Timeline, {name}", _timeline(name)) for name in drawn),
     ]
     if measured:
-        sections.append(
-            _section("Predicted beside measured", "\n".join(map(html_part, measured_parts(plan, measured))))
-        )
+        sections.append(_section("Predicted and measured", "\n".join(map(html_part, measured_parts(plan, measured)))))
     sections.append(_section("Modules by stage", tree_section(plan, profile)))
     if plan.transfers:
         sections.append(_section("Tensors that cross between stages", transfer_section(plan, profile)))

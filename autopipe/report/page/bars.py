@@ -1,4 +1,4 @@
-"""A plan goes in; bars come out: the load of each stage beside the slowest, and its memory by part beside the limit."""
+"""Bars of a plan: the load of each stage as a share of the slowest, and its memory by part against the limit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import html
 
 from autopipe.plan import Plan, StagePlan
 from autopipe.report.plans import modules
-from autopipe.report.tables import MIB
 from autopipe.simulate import plan_costs
+from autopipe.units import MIB
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace")
 GOLDEN_ANGLE = 137.5
@@ -19,7 +19,7 @@ def stage_colours(num_stages: int) -> str:
 
 
 def load_bars(plan: Plan) -> str:
-    """A row a stage: forward, backward, and transfers that are not hidden, as shares of the slowest stage's time."""
+    """A row for each stage: forward, backward, and unhidden transfers, as shares of the slowest stage's time."""
     costs = plan_costs(plan)
     loads = [f + b for f, b in zip(costs.forward_us, costs.backward_us, strict=True)]
     slowest = max(loads) or 1.0
@@ -39,7 +39,7 @@ def load_bars(plan: Plan) -> str:
 
 
 def memory_bars(plan: Plan) -> str:
-    """A row a stage: the parts of its peak; the limit, where there is one, as a line through all."""
+    """A row for each stage: the parts of its peak, and the limit, if any, as a line through all."""
     limit = plan.memory_limit_bytes
     full = max(limit, *(stage.peak_bytes for stage in plan.stages)) or 1
     rows = []

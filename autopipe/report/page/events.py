@@ -1,10 +1,10 @@
-"""A timeline goes in; the numbers that the page's script draws come out, a few bytes for each event."""
+"""A timeline as the numbers that the page's script draws, a few bytes for each event."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from autopipe.report.trace import NAMES
+from autopipe.report.perfetto import NAMES
 from autopipe.simulate import Timeline
 
 KINDS = tuple(NAMES)
@@ -16,7 +16,7 @@ def compact(timeline: Timeline) -> dict[str, Any]:
     """Plain values: `e` is a flat list, seven whole numbers an event: rank, kind, stage, peer + 1, micro-batch, start,
     length.
 
-    Times are in `unit_us`. Where there are too many events, transfers are left out, then everything after the first of
+    Times are in `unit_us`. If there are too many events, transfers are left out, then everything after the first of
     them.
     """
     events = [e for e in timeline.events if e.kind in NAMES]

@@ -1,4 +1,4 @@
-"""A plan goes in; its few most important figures come out as tiles."""
+"""The most important figures of a plan, as tiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 
 from autopipe.plan import Plan
 from autopipe.report.plans import gap_of, link_words, samples_per_s
-from autopipe.report.tables import MIB
+from autopipe.units import MIB
 
 
 def facts(plan: Plan) -> str:

@@ -1,11 +1,11 @@
-"""A plan, and its profile where there is one, go in; the tensors that cross each cut come out, with sizes and times."""
+"""The tensors that cross each cut of a plan, with sizes if there is a profile, and times."""
 
 from __future__ import annotations
 
 import html
 
 from autopipe.plan import Plan, Transfer
-from autopipe.report.tables import MIB
+from autopipe.units import MIB
 from profiler.records import Profile
 
 SHOWN = 6

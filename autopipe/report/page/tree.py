@@ -1,5 +1,4 @@
-"""A plan, and its profile where there is one, go in; the module tree comes out, every module in the colours of its
-stages."""
+"""Module tree of a plan, every module in the colours of its stages, with times if there is a profile."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 
 from autopipe.plan import Plan
 from autopipe.report.plans import WHOLE_MODEL
-from autopipe.report.tables import MIB
+from autopipe.units import MIB
 from profiler.records import Profile
 
 MAX_ROWS = 400
@@ -32,7 +31,7 @@ class Module:
         return sorted(self.us.keys() | self.params.keys())
 
     def child(self, name: str) -> Module:
-        """The submodule of this name, made where it is not there."""
+        """The submodule of this name, made if it is not there."""
         return self.children.setdefault(name, Module(name))
 
 

@@ -1,4 +1,4 @@
-"""A timeline goes in; a trace comes out that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
+"""A timeline as a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
 Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (complete events, times in
 microseconds).
@@ -29,8 +29,8 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     for event in timeline.events:
         if event.kind not in NAMES:
             continue
-        lane = (event.rank, lane_name(event))
-        thread = threads.setdefault(lane, sum(rank == event.rank for rank, _ in threads))
+        row = (event.rank, row_name(event))
+        thread = threads.setdefault(row, sum(rank == event.rank for rank, _ in threads))
         rows.append(
             {
                 "ph": "X",
@@ -46,7 +46,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     return {"traceEvents": [*_labels(threads), *rows], "displayTimeUnit": "ms"}
 
 
-def lane_name(event: Event) -> str:
+def row_name(event: Event) -> str:
     """The row in which an event is drawn: compute, or the link that it holds."""
     return f"stage {event.stage} → {event.peer}" if event.peer >= 0 else "compute"
 
@@ -56,8 +56,8 @@ def _labels(threads: dict[tuple[int, str], int]) -> list[dict[str, Any]]:
     for rank in sorted({rank for rank, _ in threads}):
         labels.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         labels.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
-    for (rank, lane), thread in threads.items():
-        labels.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": lane}})
+    for (rank, row), thread in threads.items():
+        labels.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": row}})
         labels.append(
             {"ph": "M", "name": "thread_sort_index", "pid": rank, "tid": thread, "args": {"sort_index": thread}}
         )

@@ -1,5 +1,4 @@
-"""Compute orders and a stage graph go in, one dependency graph of computes and transfers comes out, with its earliest
-times."""
+"""Unroll compute orders and a stage graph into one graph of computes and transfers, with its earliest times."""
 
 from __future__ import annotations
 
@@ -16,8 +15,13 @@ MAX_POSTED_RECEIVES = 2
 """Receives of one flow that may be posted before their compute: the one that is needed next and one ahead of it."""
 
 
+StageFlow = tuple[Kind, int, int]
+"""The messages of an edge in one direction: the kind of its sends, the stage that makes them and the stage that reads
+them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
+class EventGraph:
     """Computes and transfers as a dependency graph, in a topological order.
 
     Attributes:
@@ -33,7 +37,7 @@ class Program:
 
 
 @dataclass(slots=True)
-class _Flow:
+class _FlowEvents:
     """The messages of one edge in one direction, one a micro-batch: event indices of what made, carried and read
     them."""
 
@@ -46,10 +50,9 @@ class _Flow:
     consumed: list[int]
 
 
-def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[tuple[Kind, int, int]]:
-    """Each edge is a flow of activations and, where gradients come back, one of gradients: (send, from stage, to
-    stage)."""
-    flows: list[tuple[Kind, int, int]] = [("SEND_F", e.source, e.target) for e in edges]
+def flows_of_edges(edges: Sequence[Edge], forward_only: bool) -> list[StageFlow]:
+    """Return the flows of edges: one of activations each, and one of gradients if gradients come back."""
+    flows: list[StageFlow] = [("SEND_F", e.source, e.target) for e in edges]
     if not forward_only:
         flows += [("SEND_B", e.target, e.source) for e in edges if e.backward]
     return flows
@@ -61,21 +64,21 @@ def phase(kind: Kind) -> Kind | None:
 
 
 class _Unroller:
-    """Walks the ranks' compute orders and appends every event once what it needs is there."""
+    """Walk the ranks' compute orders and append every event once what it needs is there."""
 
     def __init__(self, orders: Orders, edges: Sequence[Edge], forward_only: bool) -> None:
         self.orders, self.ranks = orders, len(orders)
         self.events: list[Action] = []
         self.needs: list[tuple[int, ...]] = []
         self.behind: list[int] = []
-        self.inward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
-        self.outward: dict[tuple[Kind | None, int], list[_Flow]] = defaultdict(list)
+        self.inward: dict[tuple[Kind | None, int], list[_FlowEvents]] = defaultdict(list)
+        self.outward: dict[tuple[Kind | None, int], list[_FlowEvents]] = defaultdict(list)
         for send, source, target in flows_of_edges(edges, forward_only):
-            flow = _Flow(send, source, target, source % self.ranks == target % self.ranks, [], [], [])
+            flow = _FlowEvents(send, source, target, source % self.ranks == target % self.ranks, [], [], [])
             self.inward[send, target].append(flow)
             self.outward[send, source].append(flow)
 
-    def run(self) -> Program:
+    def run(self) -> EventGraph:
         position, last = [0] * self.ranks, [-1] * self.ranks
         moved = True
         while moved:
@@ -90,9 +93,9 @@ class _Unroller:
             raise ScheduleError(
                 f"computes that wait for each other: {', '.join(stuck)}",
                 expected="an order in which every compute can run",
-                remedy="report this schedule, its stages and micro-batches as a fault of autopipe",
+                remedy="report this as a bug in autopipe, with the schedule, its stages and micro-batches",
             )
-        return Program(events=tuple(self.events), needs=tuple(self.needs), queued_behind=tuple(self.behind))
+        return EventGraph(events=tuple(self.events), needs=tuple(self.needs), queued_behind=tuple(self.behind))
 
     def _ready(self, action: Action) -> bool:
         flows = self.inward[phase(action.kind), action.stage]
@@ -115,8 +118,8 @@ class _Unroller:
             self._carry(flow)
         return index
 
-    def _carry(self, flow: _Flow) -> None:
-        """Appends the transfers that now have both their producer and a slot at the receiver."""
+    def _carry(self, flow: _FlowEvents) -> None:
+        """Append the transfers that now have both their producer and a slot at the receiver."""
         while len(flow.carried) < min(len(flow.produced), len(flow.consumed) + MAX_POSTED_RECEIVES):
             message = len(flow.carried)
             if flow.local:
@@ -130,8 +133,8 @@ class _Unroller:
             flow.carried.append(self._add(action, needs, behind))
 
 
-def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Program:
-    """The dependency graph of a schedule; a transfer waits for its producer and for a free slot at the receiver.
+def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> EventGraph:
+    """Return the dependency graph of a schedule; a transfer waits for its producer and for a free slot at the receiver.
 
     Raises:
         ScheduleError: the compute orders wait for each other.
@@ -139,9 +142,8 @@ def unroll(orders: Orders, edges: Sequence[Edge], *, forward_only: bool) -> Prog
     return _Unroller(orders, edges, forward_only).run()
 
 
-def issue_times_us(program: Program, costs: Costs) -> list[float]:
-    """For each event the time by which it belongs in the global order: of a transfer when it can be issued, of a
-    compute its end.
+def issue_times_us(graph: EventGraph, costs: Costs) -> list[float]:
+    """Return the time of each event by which the global order is sorted: a transfer's issue, a compute's end.
 
     A receive that can be issued while its rank computes thus comes before that compute, and a send right after its
     producer. Both are topological: a compute ends after its transfers were issued, a transfer is issued after its
@@ -149,7 +151,7 @@ def issue_times_us(program: Program, costs: Costs) -> list[float]:
     """
     end: list[float] = []
     issue: list[float] = []
-    for action, needs, behind in zip(program.events, program.needs, program.queued_behind, strict=True):
+    for action, needs, behind in zip(graph.events, graph.needs, graph.queued_behind, strict=True):
         ready = max((end[i] for i in needs), default=0.0)
         start = max(ready, end[behind]) if behind >= 0 else ready
         end.append(start + costs.duration_us(action))
