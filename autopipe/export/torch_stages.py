@@ -1,8 +1,8 @@
 """Build the stages of a plan for `torch.distributed.pipelining`.
 
 There a stage reads from the stage before it alone. So a tensor that skips stages, or an input of the model that a later
-stage reads, is passed on by every stage between: each stage takes the tensors of `inputs` and returns those of `outputs`,
-as static shapes.
+stage reads, is passed on by every stage between: each stage takes the tensors of `inputs` and returns those of
+`outputs`, as static shapes.
 """
 
 from __future__ import annotations
