@@ -101,7 +101,7 @@ def pipeline(
         device=context.device,
         seed=seed,
     )
-    with context.watcher.call():
+    with context.monitor.call():
         engine = Engine(model, config, context)
         if example_args or example_kwargs:
             engine.prepare(example_args, example_kwargs or {}, example_target)

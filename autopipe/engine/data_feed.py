@@ -89,7 +89,7 @@ class DataFeed:
 
     def _next(self, source: Iterator[Any]) -> tuple[Batch | None, int, Exception | None]:
         """The next batch, or that there is none, or why it could not be taken."""
-        self._context.watcher.enter("taking a batch from the data")
+        self._context.monitor.enter("taking a batch from the data")
         try:
             return batch_of(next(source), with_target=self._with_target).to(self._context.device), _READY, None
         except StopIteration:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from autopipe.checkpoint import Reader, newest
 from autopipe.config import PipelineConfig
 from autopipe.engine.data_feed import DataFeed
-from autopipe.engine.failures.monitor import RankMonitor, watched
+from autopipe.engine.failures.monitor import RankMonitor, monitored
 from autopipe.engine.introspection import report, write_trace
 from autopipe.engine.ranks.context import Context
 from autopipe.engine.setup.first_batch import Unprepared, unprepared
@@ -48,7 +48,7 @@ class Engine:
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
-    @watched
+    @monitored
     def train_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """One training step on a whole batch.
 
@@ -73,23 +73,23 @@ class Engine:
         optimizer.zero_grad()
         with prepared.gradients.one_step():
             step, _ = prepared.runner.run("train", self._training, shard, self.steps, loss_scale=optimizer.loss_factor)
-        with self.watcher.waiting("sharing the loss"):
+        with self.monitor.waiting("sharing the loss"):
             loss = prepared.runner.share_loss(step)
-        self.watcher.enter("the optimizer's step")
+        self.monitor.enter("the optimizer's step")
         optimizer.step()
         self.steps += 1
         self._measured.add(step, prepared.peers.mesh.stages)
-        self.watcher.tell_paces(self._measured.paces(prepared.plan))
+        self.monitor.tell_paces(self._measured.paces(prepared.plan))
         if step.loss is not None and step.loss.stopping:
             self._context.preemption.save_and_exit()
         return loss
 
-    @watched
+    @monitored
     def eval_batch(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """The mean loss of a batch in evaluation mode, forward only. Arguments and result as in `train_batch`."""
         return self._evaluated(self._batch(args, kwargs, target))[0]
 
-    @watched
+    @monitored
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for a batch in evaluation mode, in its own structure, on every rank (see `predict_on`).
 
@@ -159,7 +159,7 @@ class Engine:
             line.write_if_due(self.steps, self._planned("train()"), self._measured)
             return loss
 
-        with self.watcher.call():
+        with self.monitor.call():
             batches = self._feed.batches(data, steps)
             return train_over(batches, one, steps=steps, show_bar=progress if self.is_first_rank else False)
 
@@ -167,7 +167,7 @@ class Engine:
         """Let `train_batch` run the model in evaluation mode."""
         return self.train(False)
 
-    @watched
+    @monitored
     def evaluate(self, data: Iterable[Any], steps: int | None = None) -> float:
         """The mean loss over the batches of `data` in evaluation mode, weighted as one batch. Iterators as in `train`.
 
@@ -187,21 +187,21 @@ class Engine:
         """This rank's parameters under the model's names, frozen ones too."""
         return iter(self._planned("named_parameters()").parameters.named_parameters())
 
-    @watched
+    @monitored
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state under the model's names, on the CPU of every rank. All ranks must call it."""
         prepared = self._planned("state_dict()")
         self._saver.check()
         return prepared.parameters.state_dict(prepared.optimizer.masters.of)
 
-    @watched
+    @monitored
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a whole model's state; each rank takes its share."""
         prepared = self._planned("load_state_dict()")
         self._saver.check()
         prepared.parameters.load_state_dict(state, prepared.optimizer.masters.of)
 
-    @watched
+    @monitored
     def save_checkpoint(
         self,
         directory: str | Path,
@@ -235,7 +235,7 @@ class Engine:
         number = self.steps if step is None else step
         return self._saver.save(directory, number, tensors, meta, keep=keep, asynchronous=asynchronous)
 
-    @watched
+    @monitored
     def load_checkpoint(self, directory: str | Path) -> Any:
         """Read the newest whole checkpoint of a directory, written by any layout. All ranks must call it.
 
@@ -291,7 +291,7 @@ class Engine:
         The engine cannot be used afterwards.
         """
         try:
-            if not self.watcher.failed:
+            if not self.monitor.failed:
                 self._saver.wait()
         finally:
             self._transport.close()
@@ -303,12 +303,12 @@ class Engine:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
-            self.watcher.leave(error)
+            self.monitor.leave(error)
         self.close()
 
     # -- what can be read ---------------------------------------------------------------------------------------------
 
-    @watched
+    @monitored
     def report(self, format: str = "table") -> str:
         """The plan, and with its predictions what the last training steps took, stage by stage. All ranks must call it.
 
@@ -317,7 +317,7 @@ class Engine:
         """
         return report(self._planned("report()"), self._measured, format)
 
-    @watched
+    @monitored
     def trace(self, path: str | Path) -> None:
         """Write the last training step, all actions of all ranks, as a trace for Perfetto. All ranks must call it."""
         write_trace(path, self._context, self._measured)
@@ -368,9 +368,9 @@ class Engine:
         return self._context.device
 
     @property
-    def watcher(self) -> RankMonitor:
+    def monitor(self) -> RankMonitor:
         """Tells the other ranks of failures here, and raises theirs."""
-        return self._context.watcher
+        return self._context.monitor
 
     # -- the two states -----------------------------------------------------------------------------------------------
 

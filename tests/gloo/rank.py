@@ -68,7 +68,7 @@ class _Process:
 
     def restore(self) -> bool:
         """Puts back what can be put back; says whether that was everything."""
-        if any(not watcher.closed for watcher in bootstrap._LIVE):
+        if any(not monitor.closed for monitor in bootstrap._LIVE):
             return False  # an engine that was not closed: only the end of the process ends its threads and connections
         if dist.is_initialized():
             dist.destroy_process_group()

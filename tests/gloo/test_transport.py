@@ -1,4 +1,5 @@
-"""Tensors of every kind arrive as they were sent, matched by order alone, over a lane or a group for each direction."""
+"""Tensors of every kind arrive as they were sent, matched by order alone, over a channel or a group for each
+direction."""
 
 from __future__ import annotations
 

@@ -166,13 +166,13 @@ def test_nothing_that_is_made_while_memory_is_measured_outlives_it(monkeypatch):
         return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
 
     @contextmanager
-    def watched(device):
+    def monitored(device):
         before = set(tensors())
         with peak_memory(device) as peak:
             yield peak
         outliving.extend(tuple(t.shape) for i, t in tensors().items() if i not in before)
 
-    monkeypatch.setattr("profiler.nodes.peak_memory", watched)
+    monkeypatch.setattr("profiler.nodes.peak_memory", monitored)
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(2)], nn.GELU(), nn.BatchNorm1d(64))
     assert len(profile_of(model, (torch.randn(32, 64, requires_grad=True),)).nodes) == 4
     assert not outliving

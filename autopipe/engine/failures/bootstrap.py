@@ -1,5 +1,5 @@
-"""Starts the watchers of a run and its board, and sees that no rank leaves them without a word: exceptions, exits,
-forks."""
+"""Starts the monitors of a run and its coordinator, and sees that no rank leaves them without a word: exceptions,
+exits, forks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from autopipe.engine.failures.coordinator import HELLO_WITHIN_S, FailureCoordinator
-from autopipe.engine.failures.heartbeat import BoardHost
+from autopipe.engine.failures.heartbeat import CoordinatorHost
 from autopipe.engine.failures.json_socket import JsonSocket
 from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.failures.process_state import host_identity, started_at
@@ -46,10 +46,10 @@ def heartbeat_s() -> float:
     )
 
 
-def start_watching(
-    watcher: RankMonitor, world_size: int, gather: Callable[[Any], list[Any]], interrupt: Callable[[], None]
+def start_monitor(
+    monitor: RankMonitor, world_size: int, gather: Callable[[Any], list[Any]], interrupt: Callable[[], None]
 ) -> None:
-    """Makes the board on rank 0 and connects every rank's watcher to it. Collective.
+    """Makes the coordinator on rank 0 and connects every rank's monitor to it. Collective.
 
     Args:
         gather: gives the values of all ranks.
@@ -60,39 +60,41 @@ def start_watching(
     """
     here = host_identity()
     hosts = gather(here)
-    board, offer = None, None
-    if watcher.rank == 0:
+    coordinator, offer = None, None
+    if monitor.rank == 0:
         seconds, token = heartbeat_s(), secrets.token_hex(16)
-        board = FailureCoordinator(token, seconds, "127.0.0.1" if len(set(hosts)) == 1 else "", here)
-        board.start()
-        offer = (socket.getfqdn(), board.port, token, seconds, os.getpid(), started_at(os.getpid()))
+        coordinator = FailureCoordinator(token, seconds, "127.0.0.1" if len(set(hosts)) == 1 else "", here)
+        coordinator.start()
+        offer = (socket.getfqdn(), coordinator.port, token, seconds, os.getpid(), started_at(os.getpid()))
     name, port, token, seconds, pid, started = gather(offer)[0]
     visible = here == hosts[0]
     addresses = ["127.0.0.1"] if visible else [a for a in (os.environ.get("MASTER_ADDR"), name) if a]
-    wire = _welcomed(addresses, port, watcher.rank, token, here, seconds)
-    refused = [rank for rank, connected in enumerate(gather(wire is not None)) if not connected]
-    if refused or wire is None:
-        if board is not None:
-            board.drop()
+    connection = _welcomed(addresses, port, monitor.rank, token, here, seconds)
+    refused = [rank for rank, connected in enumerate(gather(connection is not None)) if not connected]
+    if refused or connection is None:
+        if coordinator is not None:
+            coordinator.drop()
         raise EngineError(
             f"rank {refused[0]} cannot connect to rank 0 at {', '.join(addresses)}, port {port}",
             expected="connections between all ranks",
             remedy="set MASTER_ADDR to a name of rank 0's machine that all others resolve, and let them connect to "
             "its ports",
         )
-    watcher.connect(wire, BoardHost(pid=pid, started=started, visible=visible), board, seconds, interrupt)
-    _LIVE[:] = [w for w in _LIVE if not w.closed] + [watcher]
+    monitor.connect(
+        connection, CoordinatorHost(pid=pid, started=started, visible=visible), coordinator, seconds, interrupt
+    )
+    _LIVE[:] = [w for w in _LIVE if not w.closed] + [monitor]
     _install()
 
 
 def _welcomed(addresses: list[str], port: int, rank: int, token: str, here: str, seconds: float) -> JsonSocket | None:
-    """A connection that the board has welcomed; None where it cannot be made."""
+    """A connection that the coordinator has welcomed; None where it cannot be made."""
     hello = {"token": token, "rank": rank, "host": here, "pid": os.getpid(), "started": started_at(os.getpid())}
     for address in addresses:
         with contextlib.suppress(OSError):
-            wire = JsonSocket(socket.create_connection((address, port), timeout=HELLO_WITHIN_S), seconds)
-            if wire.send({"hello": hello}) and wire.receive():
-                return wire
+            connection = JsonSocket(socket.create_connection((address, port), timeout=HELLO_WITHIN_S), seconds)
+            if connection.send({"hello": hello}) and connection.receive():
+                return connection
     return None
 
 
@@ -130,20 +132,20 @@ def _install() -> None:
     previous = sys.excepthook
 
     def tell_and_raise(kind: Any, value: BaseException, trace: Any) -> None:
-        for watcher in _LIVE:
-            watcher.leave(value)
+        for monitor in _LIVE:
+            monitor.leave(value)
         previous(kind, value, trace)
 
     sys.excepthook = tell_and_raise
 
 
 def _say_goodbye() -> None:
-    for watcher in _LIVE:
-        watcher.close()
+    for monitor in _LIVE:
+        monitor.close()
 
 
 def _forget_in_child() -> None:
     """A forked process (a worker of a data loader) must not keep the connections of a rank open when that is killed."""
-    for watcher in _LIVE:
-        watcher.drop()
+    for monitor in _LIVE:
+        monitor.drop()
     _LIVE.clear()

@@ -1,5 +1,5 @@
-"""The board, a thread on rank 0: every rank's watcher is connected to it; the first failure that it learns of is told
-to all.
+"""The coordinator, a thread on rank 0: every rank's monitor is connected to it; the first failure that it learns of is
+told to all.
 
 What it goes by, from the surest on: a rank's own message; the end of its connection without a goodbye, which the kernel
 of a killed process sends at once; what its host says of a rank that has been silent; and, where no rank shares that
@@ -19,7 +19,7 @@ from typing import Any
 
 from autopipe.engine.failures.failure import Failure
 from autopipe.engine.failures.json_socket import JsonSocket, Message
-from autopipe.engine.failures.process_state import State, look
+from autopipe.engine.failures.process_state import State, process_state
 from autopipe.engine.failures.stragglers import Pace, RankPhase, StragglerDetector
 
 _LOG = logging.getLogger("autopipe.engine")
@@ -58,7 +58,7 @@ def what_was_seen(verdict: str, silent_s: float) -> str:
 
 @dataclass(slots=True)
 class Member:
-    """A rank as the board knows it.
+    """A rank as the coordinator knows it.
 
     Attributes:
         heard_s: when it was last heard.
@@ -67,7 +67,7 @@ class Member:
     """
 
     rank: int
-    wire: JsonSocket
+    connection: JsonSocket
     host: str
     pid: int
     started: str
@@ -92,17 +92,17 @@ class Member:
 
 
 class FailureCoordinator(threading.Thread):
-    """Collects what the watchers say, and tells all of them the first failure.
+    """Collects what the monitors say, and tells all of them the first failure.
 
     Args:
-        token: a watcher that does not know it is not let in.
+        token: a monitor that does not know it is not let in.
         heartbeat_s: silence after which a rank is looked at; 0: never.
         host: the address to listen on.
         identity: what `host_identity` says here.
     """
 
     def __init__(self, token: str, heartbeat_s: float, host: str, identity: str) -> None:
-        super().__init__(name="autopipe-board", daemon=True)
+        super().__init__(name="autopipe-coordinator", daemon=True)
         self._token, self._heartbeat_s, self._identity = token, heartbeat_s, identity
         dualstack = host == "" and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dualstack else socket.AF_INET
@@ -143,8 +143,8 @@ class FailureCoordinator(threading.Thread):
     def drop(self) -> None:
         """Closes all connections."""
         self._open = False
-        for wire in [*self._strangers, *(m.wire for m in self._members.values())]:
-            wire.close()
+        for connection in [*self._strangers, *(m.connection for m in self._members.values())]:
+            connection.close()
         self._listener.close()
         self._selector.close()
 
@@ -153,41 +153,41 @@ class FailureCoordinator(threading.Thread):
     def _accept(self, now: float) -> None:
         sock, _ = self._listener.accept()
         sock.settimeout(HELLO_WITHIN_S)
-        wire = JsonSocket(sock, self._heartbeat_s)
-        self._strangers[wire] = now + HELLO_WITHIN_S
-        self._selector.register(sock, selectors.EVENT_READ, wire)
+        connection = JsonSocket(sock, self._heartbeat_s)
+        self._strangers[connection] = now + HELLO_WITHIN_S
+        self._selector.register(sock, selectors.EVENT_READ, connection)
 
-    def _receive(self, wire: JsonSocket, now: float) -> None:
-        messages = wire.receive()
-        member = next((m for m in self._members.values() if m.wire is wire), None)
+    def _receive(self, connection: JsonSocket, now: float) -> None:
+        messages = connection.receive()
+        member = next((m for m in self._members.values() if m.connection is connection), None)
         for message in messages or ():
             if member is None:
-                member = self._admit(wire, message, now)
+                member = self._admit(connection, message, now)
                 if member is None:
                     messages = None
                     break
             else:
                 self._hear(member, message, now)
         if messages is None:
-            self._forget(wire)
+            self._forget(connection)
             if member is not None and not member.left:
                 member.left = True
                 self._settle(member.failure(what_was_seen("gone", 0.0)))
 
-    def _admit(self, wire: JsonSocket, message: Message, now: float) -> Member | None:
+    def _admit(self, connection: JsonSocket, message: Message, now: float) -> Member | None:
         hello = message.get("hello")
         if not isinstance(hello, dict) or hello.get("token") != self._token or hello["rank"] in self._members:
             return None
-        del self._strangers[wire]
-        member = Member(hello["rank"], wire, hello["host"], hello["pid"], hello["started"], now)
+        del self._strangers[connection]
+        member = Member(hello["rank"], connection, hello["host"], hello["pid"], hello["started"], now)
         self._members[member.rank] = member
-        wire.send({"welcome": 1})
+        connection.send({"welcome": 1})
         return member
 
-    def _forget(self, wire: JsonSocket) -> None:
-        self._strangers.pop(wire, None)
-        self._selector.unregister(wire.sock)
-        wire.close()
+    def _forget(self, connection: JsonSocket) -> None:
+        self._strangers.pop(connection, None)
+        self._selector.unregister(connection.sock)
+        connection.close()
 
     def _beat(self) -> None:
         """A sign of life, with the place of rank 0, which nobody could ask for if it were stopped."""
@@ -195,10 +195,10 @@ class FailureCoordinator(threading.Thread):
         self._tell({"beat": asdict(here.place)} if here is not None and here.place is not None else {})
 
     def _tell(self, message: Message) -> None:
-        """To rank 0 last: what it hears may end its process, and this board with it."""
+        """To rank 0 last: what it hears may end its process, and this coordinator with it."""
         for member in sorted(self._members.values(), key=lambda m: m.rank == 0):
             if not member.left:
-                member.wire.send(message)
+                member.connection.send(message)
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -246,8 +246,8 @@ class FailureCoordinator(threading.Thread):
             self._tell({"cause": failure.to_json()})
 
     def _judge(self, now: float) -> None:
-        for wire in [w for w, deadline in self._strangers.items() if now > deadline]:
-            self._forget(wire)
+        for connection in [w for w, deadline in self._strangers.items() if now > deadline]:
+            self._forget(connection)
         if self._first is not None:
             return
         for member in self._members.values():
@@ -261,12 +261,12 @@ class FailureCoordinator(threading.Thread):
         if self._heartbeat_s <= 0 or silent_s < self._heartbeat_s:
             return
         if member.host == self._identity:
-            member.seen = look(member.pid, member.started)
+            member.seen = process_state(member.pid, member.started)
         elif now - member.asked_s > beat_every(self._heartbeat_s):
             member.asked_s = now
             for other in self._members.values():
                 if other.host == member.host and other is not member:
-                    other.wire.send({"look": [member.rank, member.pid, member.started]})
+                    other.connection.send({"look": [member.rank, member.pid, member.started]})
         judged = verdict(silent_s, self._heartbeat_s, member.seen)
         if judged == "busy" and not member.warned:
             member.warned = True

@@ -8,7 +8,7 @@ import threading
 
 
 def available() -> bool:
-    """Whether this system has what lanes are made of."""
+    """Whether this system has what channels are made of."""
     return sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "eventfd")
 
 

@@ -1,4 +1,4 @@
-"""Messages between the watchers of the ranks: one JSON object a line over a socket."""
+"""Messages between the monitors of the ranks: one JSON object a line over a socket."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The watcher of a rank: knows what this rank is doing, tells the others of its failure, and raises theirs here.
+"""The monitor of a rank: tracks what this rank is doing, tells the others of its failure, and raises theirs here.
 
-Its thread (`link.py`) keeps a connection to the board (`board.py`) on rank 0.
+Its thread (`heartbeat.py`) keeps a connection to the coordinator (`coordinator.py`) on rank 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from autopipe.engine.failures.coordinator import FailureCoordinator
 from autopipe.engine.failures.failure import BETWEEN_STEPS, Failure, described, is_connection_error, phase_of
-from autopipe.engine.failures.heartbeat import BoardHost, HeartbeatClient
+from autopipe.engine.failures.heartbeat import CoordinatorHost, HeartbeatClient
 from autopipe.engine.failures.json_socket import JsonSocket
 from autopipe.engine.failures.stragglers import Pace, RankPhase
 from autopipe.errors import AutopipeError, EngineError
@@ -38,8 +38,8 @@ class RankMonitor:
         self.rank = rank
         self.stage: int | None = None
         self.closed = False
-        self._link: HeartbeatClient | None = None
-        self._board: FailureCoordinator | None = None
+        self._client: HeartbeatClient | None = None
+        self._coordinator: FailureCoordinator | None = None
         self._what: tuple[Action | str, bool, float, int] = ("starting", False, time.monotonic(), 0)
         self._spent_s = 0.0
         self._durations: dict[Any, deque[float]] = {}
@@ -49,20 +49,20 @@ class RankMonitor:
 
     def connect(
         self,
-        wire: JsonSocket,
-        host: BoardHost,
-        board: FailureCoordinator | None,
+        connection: JsonSocket,
+        host: CoordinatorHost,
+        coordinator: FailureCoordinator | None,
         heartbeat_s: float,
         interrupt: Callable[[], None],
     ) -> None:
-        """Starts watching over a connection that the board has welcomed.
+        """Starts watching over a connection that the coordinator has welcomed.
 
         Args:
-            board: the board itself, on rank 0.
+            coordinator: the coordinator itself, on rank 0.
             interrupt: wakes what waits for other ranks, from any thread.
         """
-        self._link, self._board = HeartbeatClient(self, wire, host, heartbeat_s, interrupt), board
-        self._link.start()
+        self._client, self._coordinator = HeartbeatClient(self, connection, host, heartbeat_s, interrupt), coordinator
+        self._client.start()
 
     # -- where this rank is -------------------------------------------------------------------------------------------
 
@@ -111,9 +111,9 @@ class RankMonitor:
         )
 
     def tell_paces(self, paces: Sequence[Pace]) -> None:
-        """Tells the board how fast this rank's stages are, against their plan; nothing where that is not due."""
-        if paces and self._link is not None:
-            self._link.wire.send({"pace": [asdict(p) for p in paces]})
+        """Tells the coordinator how fast this rank's stages are, against their plan; nothing where that is not due."""
+        if paces and self._client is not None:
+            self._client.connection.send({"pace": [asdict(p) for p in paces]})
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
@@ -148,8 +148,8 @@ class RankMonitor:
 
     def check(self) -> None:
         """Raises the first cause where there is one, or names a rank that has left."""
-        if self._first is None and self._link is not None and self._link.left is not None:
-            self._first = self._link.left
+        if self._first is None and self._client is not None and self._client.left is not None:
+            self._first = self._client.left
         if self._first is not None:
             raise self._first.error()
 
@@ -163,37 +163,37 @@ class RankMonitor:
             message=described(cause),
             secondary=is_connection_error(cause),
         )
-        self._first = self._first or (mine if self._link is None else self._link.report(mine))
+        self._first = self._first or (mine if self._client is None else self._client.report(mine))
         return self._first.error()
 
     def leave(self, cause: BaseException) -> None:
         """Tells all ranks that an exception ends the script, unless they know of a failure already.
 
-        Errors of autopipe were raised on all ranks; where one was not, the board has a note of it, and the rank that
-        leaves is named with it.
+        Errors of autopipe were raised on all ranks; where one was not, the coordinator has a note of it, and the rank
+        that leaves is named with it.
         """
         known = self._first is not None or isinstance(cause, AutopipeError)
-        if not known and self._link is not None and not self.closed:
+        if not known and self._client is not None and not self.closed:
             self.fail(cause)
 
     def close(self) -> None:
         """Says goodbye; what happens to other ranks is no concern any more."""
-        if self._link is not None and not self.closed:
+        if self._client is not None and not self.closed:
             self.closed = True
-            self._link.close()
-            if self._board is not None:
-                self._board.join(1.0)
+            self._client.close()
+            if self._coordinator is not None:
+                self._coordinator.join(1.0)
 
     def drop(self) -> None:
         """Closes the connections without a goodbye: in a forked process, whose parent goes on with them."""
         self.closed = True
-        if self._link is not None:
-            self._link.wire.close()
-        if self._board is not None:
-            self._board.drop()
+        if self._client is not None:
+            self._client.connection.close()
+        if self._coordinator is not None:
+            self._coordinator.drop()
 
     def heard(self, first: Failure) -> bool:
-        """Takes note of the first cause, from the watcher's thread; true where a call is going on that has to end."""
+        """Takes note of the first cause, from the monitor's thread; true where a call is going on that has to end."""
         if self._first is None:
             self._first = first
         return self._depth > 0
@@ -209,17 +209,17 @@ class RankMonitor:
         return self._depth > 0
 
     def _note(self, text: str) -> None:
-        if self._link is not None and (text or self._noted):
-            self._link.wire.send({"note": text})
+        if self._client is not None and (text or self._noted):
+            self._client.connection.send({"note": text})
             self._noted = bool(text)
 
 
-def watched(method: Method) -> Method:
-    """A method that users call, inside of `RankMonitor.call` of `self.watcher`."""
+def monitored(method: Method) -> Method:
+    """A method that users call, inside of `RankMonitor.call` of `self.monitor`."""
 
     @functools.wraps(method)
     def inside(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.watcher.call():
+        with self.monitor.call():
             return method(self, *args, **kwargs)
 
     return cast(Method, inside)

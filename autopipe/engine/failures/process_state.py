@@ -25,7 +25,7 @@ def started_at(pid: int) -> str:
     return fields[19] if fields else ""
 
 
-def look(pid: int, started: str) -> State:
+def process_state(pid: int, started: str) -> State:
     """The state of a process of this host."""
     fields = _stat(pid)
     if not fields or fields[19] != started or fields[0] in "ZXx":

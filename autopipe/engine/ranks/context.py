@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from autopipe.engine.failures.bootstrap import start_watching, wake
+from autopipe.engine.failures.bootstrap import start_monitor, wake
 from autopipe.engine.failures.interrupt import Alarm
 from autopipe.engine.failures.monitor import RankMonitor
 from autopipe.engine.failures.preemption import Preemption
@@ -30,7 +30,7 @@ class Context:
         device: where this rank's stage runs.
         control: a gloo group over all ranks for small messages on the CPU; None with one process.
         owns_world: the default process group was made here, and is destroyed on closing.
-        watcher: tells the other ranks of failures here, and raises theirs.
+        monitor: tells the other ranks of failures here, and raises theirs.
         groups: the process groups that the engine has made.
         preemption: whether this process was asked to end.
         alarm: ends what waits for messages of ranks of this host.
@@ -41,7 +41,7 @@ class Context:
     device: torch.device
     control: Any = None
     owns_world: bool = False
-    watcher: RankMonitor = field(default_factory=RankMonitor)
+    monitor: RankMonitor = field(default_factory=RankMonitor)
     groups: list[Any] = field(default_factory=list)
     preemption: Preemption = field(default_factory=Preemption)
     alarm: Alarm = field(default_factory=Alarm)
@@ -67,7 +67,7 @@ class Context:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with self.watcher.waiting():
+        with self.monitor.waiting():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -117,7 +117,7 @@ class Context:
     def close(self) -> None:
         """Says goodbye to the other ranks, then destroys the process groups that the engine has made; peers that wait
         in them get an error."""
-        self.watcher.close()
+        self.monitor.close()
         self.alarm.close()
         groups, self.groups, self.control = self.groups, [], None
         if dist.is_initialized():
@@ -169,9 +169,9 @@ def make_context(device: torch.device | str | None) -> Context:
     if dist.get_world_size() == 1:
         return Context(rank=0, world_size=1, device=chosen, owns_world=owns)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, watcher=RankMonitor(rank))
+    context = Context(rank=rank, world_size=world_size, device=chosen, owns_world=owns, monitor=RankMonitor(rank))
     context.control = context.new_group(backend="gloo")
-    start_watching(context.watcher, world_size, context.gather, context.interrupt)
+    start_monitor(context.monitor, world_size, context.gather, context.interrupt)
     return context
 
 

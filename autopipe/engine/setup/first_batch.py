@@ -81,7 +81,7 @@ class Unprepared:
             CaptureError, ProfileError, PartitionError, PlanError, ConfigError: planning failed; on every rank.
         """
         config, context, model = self.config, self.context, self.model
-        context.watcher.enter("capturing and planning")
+        context.monitor.enter("capturing and planning")
         originals = lower(model) if config.precision == "bf16-params" else {}
         given = config.weights
         weights = context.agree(lambda: open_weights(given) if isinstance(given, (str, Path)) else given)
@@ -146,7 +146,7 @@ class Unprepared:
         peers = Peers(context=context, mesh=launch.mesh, transport=self.transport)
         replicas = Replicas(launch.mesh, plan.zero_stage)
         parameters = StageParameters(self.model, captured.names, placed.owned, peers)
-        gradients = GradientSync(parameters, replicas, context.watcher)
+        gradients = GradientSync(parameters, replicas, context.monitor)
         programs = ProgramCache(placed, peers, config, plan)
         scale = LossScale.for_precision(config.precision)
         return Prepared(
@@ -195,5 +195,5 @@ def _launch_as_set(config: PipelineConfig, context: Context) -> Launch:
 def _launch(context: Context, shape: MeshShape, num_microbatches: int) -> Launch:
     """Make the process groups of a mesh. Collective."""
     mesh = make_mesh(context, shape)
-    context.watcher.stage = mesh.stages[0]
+    context.monitor.stage = mesh.stages[0]
     return Launch(mesh=mesh, num_microbatches=num_microbatches)

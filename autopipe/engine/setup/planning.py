@@ -17,7 +17,7 @@ from autopipe.engine.ranks.mesh import ProcessMesh
 from autopipe.engine.step.microbatch import MicroBatch, check_device
 from autopipe.engine.step.precision import precision_context
 from autopipe.engine.step.programs import capture_output, capture_program, mode_of
-from autopipe.engine.transport.shm_setup import close_lanes, open_lanes, way_over
+from autopipe.engine.transport.shm_setup import close_channels, open_channels, transport_over
 from autopipe.errors import PartitionError
 from autopipe.partition import partition
 from autopipe.plan import Plan
@@ -178,11 +178,11 @@ def profiled(captured: Captured, tensors: Sequence[Tensor], context: Context, co
 
 def measured_link(context: Context) -> LinkProfile:
     """The link between the first two ranks, over which the engine would send. Collective."""
-    lanes = open_lanes([(0, 1), (1, 0)], context) if context.device.type == "cpu" else {}
+    channels = open_channels([(0, 1), (1, 0)], context) if context.device.type == "cpu" else {}
     try:
-        return context.agree(lambda: profiler.measure_link(device=context.device, way=way_over(lanes)))
+        return context.agree(lambda: profiler.measure_link(device=context.device, way=transport_over(channels)))
     finally:
-        close_lanes(lanes)
+        close_channels(channels)
 
 
 def memory_limit(config: PipelineConfig, context: Context) -> int | None:

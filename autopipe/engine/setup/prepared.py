@@ -86,7 +86,7 @@ class Prepared:
         Args:
             weighted: false if no loss is made, so that `loss_weight` has nothing to count.
         """
-        self.peers.context.watcher.enter("weighing the micro-batches")
+        self.peers.context.monitor.enter("weighing the micro-batches")
         most = self.launch.num_microbatches
         return shard_batch_of(microbatches, self.config, self.peers, most=most, weighted=weighted)
 
@@ -106,7 +106,7 @@ class Prepared:
         microbatches = self.split(batch)
         shard = self.shard(microbatches, weighted=False)
         step, runs = self.runner.run("predict", False, shard, number)
-        with context.watcher.waiting("sharing the output"):
+        with context.monitor.waiting("sharing the output"):
             outputs = gather_outputs(runs, shard.microbatches, mesh, everywhere=self.config.predict_on == "all")
         if outputs is None:
             return None

@@ -58,7 +58,7 @@ class Saver:
             return checkpoint.write(directory, step, tensors, fixed, ranks=_ranks(self._context), keep=keep)
         if self._own is None:  # the training's own group is in use meanwhile
             group = self._context.new_group(backend="gloo") if self._context.control is not None else None
-            self._own = dataclasses.replace(self._context, control=group, watcher=RankMonitor(self._context.rank))
+            self._own = dataclasses.replace(self._context, control=group, monitor=RankMonitor(self._context.rank))
             atexit.register(self._at_exit)
         copies = {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
         ranks = _ranks(self._own)
@@ -81,7 +81,7 @@ class Saver:
         running, failed = self._thread.is_alive(), self._failure is not None
         seen = torch.tensor([int(running), int(failed)])
         if self._context.control is not None:
-            with self._context.watcher.waiting():
+            with self._context.monitor.waiting():
                 dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._context.control)
         if seen[1] or not seen[0]:
             self.wait()

@@ -100,7 +100,7 @@ class NeighbourComparison:
                 continue
             its = said[8:].numpy().tobytes().decode(errors="replace").rstrip()
             first, second = sorted([(rank, its), (self._context.rank, str(self._mine))])
-            raise self._context.watcher.fail(_different(*first, *second))
+            raise self._context.monitor.fail(_different(*first, *second))
 
 
 class CallComparison:

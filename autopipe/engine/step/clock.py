@@ -32,8 +32,8 @@ class StepClock:
     `allocated_bytes` is the most memory beyond what was there at its start; 0: not counted.
     """
 
-    def __init__(self, device: torch.device, watcher: RankMonitor) -> None:
-        self._device, self._has_events, self.watcher = device, accelerator.is_accelerator(device), watcher
+    def __init__(self, device: torch.device, monitor: RankMonitor) -> None:
+        self._device, self._has_events, self.monitor = device, accelerator.is_accelerator(device), monitor
         self.marks: list[tuple[Action, bool, Any, Any]] = []
         self.allocated_bytes = 0
         self.started_ns = time.monotonic_ns()
@@ -78,7 +78,7 @@ class _Timed:
         self._clock, self._action, self._waiting = clock, action, waiting
 
     def __enter__(self) -> None:
-        self._clock.watcher.enter(self._action, self._waiting)
+        self._clock.monitor.enter(self._action, self._waiting)
         self._clock.hold()
         self._start = self._clock.now()
 

@@ -125,7 +125,7 @@ class Runner:
             with_target=self._config.loss_fn is not None and kind != "predict",
             mesh=mesh,
             transport=self._peers.transport,
-            clock=StepClock(context.device, context.watcher),
+            clock=StepClock(context.device, context.monitor),
             random=self._programs.random,
             seed=self.seed,
             number=number,
@@ -155,7 +155,7 @@ class Runner:
 
     def _execute(self, schedule: Schedule, step: Step, runs: dict[int, StageRun], comparison: Comparison) -> None:
         actions = schedule.actions[self._peers.mesh.pipeline_rank]
-        monitor = self._peers.context.watcher
+        monitor = self._peers.context.monitor
         grad = contextlib.nullcontext() if step.training else torch.no_grad()
         try:
             with generators_kept(), grad, self._modes(), self._memory(step):
@@ -179,7 +179,7 @@ class Runner:
                 self._gradients.reduce_tied(group)
 
     def _finish(self, comparison: Comparison) -> None:
-        with self._peers.context.watcher.waiting("comparing the call with the other ranks"):
+        with self._peers.context.monitor.waiting("comparing the call with the other ranks"):
             comparison.finish()
 
     @contextlib.contextmanager

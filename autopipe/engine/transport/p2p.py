@@ -1,8 +1,8 @@
 """Moves tensors between stages: one two-rank group for each directed edge, order as the only matching, sends that do
 not block.
 
-The rules are those that NCCL needs; gloo and the lanes of one host, which would allow more, are held to the same. The
-numbers are those of the rules in docs/architecture.md.
+The rules are those that NCCL needs; gloo and the channels of one host, which would allow more, are held to the same.
+The numbers are those of the rules in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from autopipe.engine.ranks.context import Context
 from autopipe.engine.transport.shm_buffers import MessageLayout
 from autopipe.engine.transport.shm_channel import ShmReceiver, ShmSender
-from autopipe.engine.transport.shm_setup import Lanes, close_lanes, open_lanes
+from autopipe.engine.transport.shm_setup import ShmChannels, close_channels, open_channels
 from profiler import accelerator
 
 Flow = tuple[int, int]
@@ -53,7 +53,7 @@ class MessageSpec:
     repeated: bool = False
 
     @cached_property
-    def packing(self) -> MessageLayout:
+    def layout(self) -> MessageLayout:
         """Their layout in a block of shared memory."""
         tensors = [(t.shape, _new(t, torch.device("meta")).stride(), t.dtype) for t in self.tensors]
         return MessageLayout(tensors, repeated=self.repeated)
@@ -105,20 +105,20 @@ class Transport:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._groups: dict[Flow, Any] = {}
-        self._lanes: Lanes = {}
+        self._channels: ShmChannels = {}
         self._streams: dict[Flow, Any] = {}
 
     def open(self, flows: Sequence[Flow]) -> None:
         """Makes and warms up the groups of flows that are new. Collective: all ranks call it with the same flows (rules
         1, 6).
 
-        On CPUs, ranks of one host have a lane instead, and one the other way, unless AUTOPIPE_SHARED_MEMORY=0.
+        On CPUs, ranks of one host have a channel instead, and one the other way, unless AUTOPIPE_SHARED_MEMORY=0.
         """
-        new = sorted(set(flows) - self._groups.keys() - self._lanes.keys())
+        new = sorted(set(flows) - self._groups.keys() - self._channels.keys())
         if new and self._context.device.type == "cpu":
-            both = {*new, *((b, a) for a, b in new)} - self._lanes.keys()
-            self._lanes |= open_lanes(sorted(both), self._context)
-            new = [flow for flow in new if flow not in self._lanes]
+            both = {*new, *((b, a) for a, b in new)} - self._channels.keys()
+            self._channels |= open_channels(sorted(both), self._context)
+            new = [flow for flow in new if flow not in self._channels]
         for flow in new:
             self._groups[flow] = self._context.new_group(flow)
         for flow in new:
@@ -128,9 +128,9 @@ class Transport:
                 self._warm_up(flow)
 
     def neighbours(self, ranks: Sequence[int]) -> list[int] | None:
-        """The ranks to which this one has lanes, where lanes lead from each of `ranks` to each; None where they do
-        not."""
-        reached, ends = {ranks[0]}, [f for f in self._lanes if f[0] in ranks and f[1] in ranks]
+        """The ranks to which this one has channels, where channels lead from each of `ranks` to each; None where they
+        do not."""
+        reached, ends = {ranks[0]}, [f for f in self._channels if f[0] in ranks and f[1] in ranks]
         while grown := {b for a, b in ends if a in reached} - reached:
             reached |= grown
         if reached != set(ranks):
@@ -151,9 +151,9 @@ class Transport:
         (rule 10)."""
         if not spec.travels:
             return Works([], [])
-        lane = self._lanes.get(flow)
-        if isinstance(lane, ShmSender):
-            lane.send(tensors, spec.packing)
+        channel = self._channels.get(flow)
+        if isinstance(channel, ShmSender):
+            channel.send(tensors, spec.layout)
             return Works([], [])
         flat = [as_bytes(_as_it_lies(t.detach(), s)) for t, s in zip(tensors, spec.tensors, strict=True) if t.numel()]
         stream = self._streams.get(flow)
@@ -165,10 +165,10 @@ class Transport:
             return Works(self._issue("send", flow, flat), [], flat)
 
     def recv(self, flow: Flow, spec: MessageSpec) -> Handle:
-        """Starts receiving into new tensors; from a lane they are made once the message is there."""
-        lane = self._lanes.get(flow)
-        if isinstance(lane, ShmReceiver) and spec.travels:
-            return lane.expect(spec.packing)
+        """Starts receiving into new tensors; from a channel they are made once the message is there."""
+        channel = self._channels.get(flow)
+        if isinstance(channel, ShmReceiver) and spec.travels:
+            return channel.expect(spec.layout)
         # torch's allocator keeps memory by stream: a receive waits for no compute but those that have read what it is
         # given
         with self._side(flow):
@@ -208,17 +208,17 @@ class Transport:
 
     def waiting(self) -> AbstractContextManager[None]:
         """Around what waits for other ranks."""
-        return self._context.watcher.waiting()
+        return self._context.monitor.waiting()
 
     def new_group(self, ranks: Sequence[int]) -> Any:
         """A group for collectives among some ranks. Collective over all ranks."""
         return self._context.new_group(ranks, timeout=timedelta(minutes=30))
 
     def close(self) -> None:
-        """Forgets the groups, which the context destroys, and closes the lanes."""
+        """Forgets the groups, which the context destroys, and closes the channels."""
         self._groups.clear()
-        close_lanes(self._lanes)
-        self._lanes.clear()
+        close_channels(self._channels)
+        self._channels.clear()
 
 
 def _new(spec: TensorSpec, device: torch.device) -> Tensor:

@@ -75,14 +75,14 @@ class Block:
         finally:
             os.close(fd)
 
-    def views(self, packing: MessageLayout) -> Sequence[Tensor]:
+    def views(self, layout: MessageLayout) -> Sequence[Tensor]:
         """The tensors of a message on this memory; those of the last repeated one are kept, since between computes,
         when nothing of it is in the processor's cache, making a view takes as long as the copy."""
-        if packing is self._packing:
+        if layout is self._packing:
             return self._views
-        views = packing.views(self.memory)
-        if packing.repeated:
-            self._packing, self._views = packing, views
+        views = layout.views(self.memory)
+        if layout.repeated:
+            self._packing, self._views = layout, views
         return views
 
 

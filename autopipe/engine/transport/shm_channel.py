@@ -72,14 +72,14 @@ class ShmReceiver:
         self._poll.register(self._socket, select.POLLIN)
         self._poll.register(self._alarm.fd, select.POLLIN)
 
-    def expect(self, packing: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]] = copies) -> Arrival:
+    def expect(self, layout: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]] = copies) -> Arrival:
         """The next message that was not expected yet.
 
         Args:
             take: is called with its tensors once it is there; gives what is kept of them.
         """
         self._expected += 1
-        return Arrival(self, self._expected - 1, packing, take)
+        return Arrival(self, self._expected - 1, layout, take)
 
     def has(self, number: int) -> bool:
         """Whether a message has come; does not block."""
@@ -89,7 +89,7 @@ class ShmReceiver:
         return True
 
     def fetch(
-        self, number: int, packing: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]]
+        self, number: int, layout: MessageLayout, take: Callable[[Sequence[Tensor]], list[Tensor]]
     ) -> list[Tensor]:
         """Waits for a message, and gives what `take` makes of it.
 
@@ -100,9 +100,9 @@ class ShmReceiver:
             if not self._hear():
                 self._wait()
         place, size = self._arrived.pop(number)
-        if size != packing.size:
-            raise RuntimeError(f"a message of {size} bytes where one of {packing.size} is due")
-        taken = take(self._blocks[place].views(packing))
+        if size != layout.size:
+            raise RuntimeError(f"a message of {size} bytes where one of {layout.size} is due")
+        taken = take(self._blocks[place].views(layout))
         self._read.append(place)
         if size >= LARGE_BYTES or len(self._read) >= GIVEN_AT_ONCE:
             self._give_back()
@@ -162,7 +162,7 @@ class ShmReceiver:
 
 
 class ShmSender:
-    """The sending end, connected to an inbox's address.
+    """The sending end, connected to a receiver's address.
 
     Raises:
         OSError: it cannot be reached from here.
@@ -178,19 +178,19 @@ class ShmSender:
             self._socket.close()
             raise
 
-    def send(self, tensors: Sequence[Tensor], packing: MessageLayout) -> None:
+    def send(self, tensors: Sequence[Tensor], layout: MessageLayout) -> None:
         """Sends tensors as one message; they may be written when it returns.
 
         Raises:
             OSError: the receiver is gone.
-            ValueError: a tensor is not what the packing says.
+            ValueError: a tensor is not what the layout says.
         """
-        packing.check(tensors)
-        place, fd = self._take(packing.size)
-        for view, tensor in zip(self._blocks[place].views(packing), tensors, strict=True):
+        layout.check(tensors)
+        place, fd = self._take(layout.size)
+        for view, tensor in zip(self._blocks[place].views(layout), tensors, strict=True):
             view.copy_(tensor.detach() if tensor.requires_grad else tensor)
         try:
-            self._socket.send(_ANNOUNCED.pack(fd is not None, place, packing.size))
+            self._socket.send(_ANNOUNCED.pack(fd is not None, place, layout.size))
             if fd is not None:
                 self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
         finally:

@@ -20,12 +20,12 @@ from profiler.links import LinkTransport
 
 _LOG = logging.getLogger("autopipe.engine")
 Flow = tuple[int, int]
-Lanes = dict[Flow, ShmReceiver | ShmSender | None]
-"""This rank's end of each lane; None where both ends are other ranks."""
+ShmChannels = dict[Flow, ShmReceiver | ShmSender | None]
+"""This rank's end of each channel; None where both ends are other ranks."""
 
 
-def open_lanes(flows: Sequence[Flow], context: Context) -> Lanes:
-    """The lanes among the flows; those left need a group. Collective."""
+def open_channels(flows: Sequence[Flow], context: Context) -> ShmChannels:
+    """The channels among the flows; those left need a group. Collective."""
     wanted = available() and os.environ.get("AUTOPIPE_SHARED_MEMORY", "1") != "0"
     hosts = context.gather(host_identity() if wanted else None)
     local = [f for f in flows if hosts[f[0]] is not None and hosts[f[0]] == hosts[f[1]]]
@@ -43,39 +43,39 @@ def open_lanes(flows: Sequence[Flow], context: Context) -> Lanes:
     failed = {f: why for part in context.gather(failures) for f, why in part.items()}
     for flow, why in failed.items():
         _LOG.warning("ranks %d and %d share a host and no memory, and use sockets: %s", *flow, why)
-    for flow, inbox in inboxes.items():
+    for flow, receiver in inboxes.items():
         if flow in failed:
-            inbox.close()
+            receiver.close()
         else:
-            inbox.accept()
+            receiver.accept()
     mine: dict[Flow, ShmReceiver | ShmSender] = {**inboxes, **outboxes}
     return {f: mine.get(f) for f in local if f not in failed}
 
 
-def close_lanes(lanes: Lanes) -> None:
+def close_channels(channels: ShmChannels) -> None:
     """Closes this rank's ends."""
-    for end in lanes.values():
+    for end in channels.values():
         if end is not None:
             end.close()
 
 
-def way_over(lanes: Lanes) -> LinkTransport | None:
-    """The two lanes between two ranks, as the profiler measures them; None where there are none."""
-    if not lanes:
+def transport_over(channels: ShmChannels) -> LinkTransport | None:
+    """The two channels between two ranks, as the profiler measures them; None where there are none."""
+    if not channels:
         return None
-    outbox = next((end for end in lanes.values() if isinstance(end, ShmSender)), None)
-    inbox = next((end for end in lanes.values() if isinstance(end, ShmReceiver)), None)
+    sender = next((end for end in channels.values() if isinstance(end, ShmSender)), None)
+    receiver = next((end for end in channels.values() if isinstance(end, ShmReceiver)), None)
 
     @cache
     def packing_of(num_bytes: int) -> MessageLayout:
         return MessageLayout([((num_bytes,), (1,), torch.uint8)])
 
     def start(message: Tensor, is_sender: bool) -> Callable[[], object]:
-        assert outbox is not None and inbox is not None, "only the two ranks send"
+        assert sender is not None and receiver is not None, "only the two ranks send"
         content = message.view(torch.uint8)
         if not is_sender:
-            return inbox.expect(packing_of(content.numel()), lambda views: [content.copy_(views[0])]).join
-        outbox.send([content], packing_of(content.numel()))
+            return receiver.expect(packing_of(content.numel()), lambda views: [content.copy_(views[0])]).join
+        sender.send([content], packing_of(content.numel()))
         return lambda: None
 
     return LinkTransport(name="shared memory", start=start, buffered=True)

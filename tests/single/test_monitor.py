@@ -1,4 +1,4 @@
-"""What a watcher concludes from what it sees: of silent ranks, of slow ones, of errors that are only another's echo."""
+"""What a monitor concludes from what it sees: of silent ranks, of slow ones, of errors that are only another's echo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from autopipe.engine.failures.bootstrap import HEARTBEAT_VARIABLE, heartbeat_s
 from autopipe.engine.failures.coordinator import WITHOUT_EVIDENCE, verdict
 from autopipe.engine.failures.failure import Failure, is_connection_error
-from autopipe.engine.failures.process_state import State, host_identity, look, started_at
+from autopipe.engine.failures.process_state import State, host_identity, process_state, started_at
 from autopipe.engine.failures.stragglers import Pace, RankPhase, StragglerDetector
 from autopipe.errors import ConfigError, EngineError
 
@@ -40,17 +40,19 @@ def test_processes_of_this_host_are_seen() -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
         started = started_at(process.pid)
-        assert look(process.pid, started) == "running"
+        assert process_state(process.pid, started) == "running"
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
-        assert look(process.pid, started) == "stopped"
-        assert look(process.pid, "another") == "gone"
+        assert process_state(process.pid, started) == "stopped"
+        assert process_state(process.pid, "another") == "gone"
     finally:
         process.kill()
     deadline = time.monotonic() + 5
-    while look(process.pid, started) != "gone" and time.monotonic() < deadline:  # a zombie until it is waited for
+    while (
+        process_state(process.pid, started) != "gone" and time.monotonic() < deadline
+    ):  # a zombie until it is waited for
         time.sleep(0.01)
-    assert look(process.pid, started) == "gone"
+    assert process_state(process.pid, started) == "gone"
     process.wait()
 
 
