@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from autopipe.errors import ClusterError
+from autopipe.units import BYTES_PER_US_OF_A_GBPS
 from profiler.devices import DEVICES
 from profiler.records import LinkProfile, read_json
 
 CLUSTER_SCHEMA = "autopipe.cluster/1"
-BYTES_PER_US_OF_A_GBPS = 125.0
 NODE_FIELDS = ("count", "devices", "speed", "device", "memory_bytes")
 DEVICE_FIELDS = ("speed", "device", "memory_bytes")
 LINK_FIELDS = ("latency_us", "gbps", "overlap")

@@ -1,4 +1,6 @@
-"""Units in which sizes are shown to people."""
+"""Units in which people read and write sizes and bandwidths."""
 
 MIB = 2.0**20
 """Bytes of a mebibyte."""
+BYTES_PER_US_OF_A_GBPS = 125.0
+"""Bytes in a microsecond at 1 Gbit/s."""

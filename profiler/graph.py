@@ -8,12 +8,12 @@ import torch
 from torch import fx
 from torch.amp import autocast_mode
 
-_REGION_TARGETS = (torch._C._set_grad_enabled, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
+REGION_TARGETS = (torch._C._set_grad_enabled, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
 
 
 def is_region(node: fx.Node) -> bool:
     """Whether the node only switches grad mode or autocast for the nodes after it."""
-    return node.op == "call_function" and node.target in _REGION_TARGETS
+    return node.op == "call_function" and node.target in REGION_TARGETS
 
 
 def is_compute(node: fx.Node) -> bool:

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from autopipe.capture.effects import remove_dead_code
 from autopipe.capture.guards import guard, guard_plain, guard_shape
-from autopipe.capture.regions import compute_nodes, emit_regions, is_region_node
+from autopipe.capture.regions import emit_regions
 from autopipe.errors import CaptureError
+from profiler.graph import compute_nodes, is_region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ class Captured:
         for node in self.graph_module.graph.nodes:
             if node.op == "output":
                 graph.output([copies[node.args[0][self.loss]]])
-            elif not is_region_node(node):
+            elif not is_region(node):
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         remove_dead_code(graph)
         emit_regions(graph)

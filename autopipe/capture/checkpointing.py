@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from autopipe.capture.regions import emit_regions, is_region_node
+from autopipe.capture.regions import emit_regions
+from profiler.graph import is_region
 
 
 class CheckpointRegion(nn.Module):
@@ -105,7 +106,7 @@ def with_checkpoints(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], lambda n: copies[n]))
-        elif not is_region_node(node):
+        elif not is_region(node):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     root = {n.target: operator.attrgetter(n.target)(module) for n in graph.nodes if n.op in ("get_attr", "call_module")}
     root |= wrap_checkpoints(graph, root)

@@ -12,7 +12,6 @@ from torch.amp import autocast_mode
 from profiler import accelerator
 
 _ENTER, _EXIT = autocast_mode._enter_autocast, autocast_mode._exit_autocast
-REGION_TARGETS = (torch._C._set_grad_enabled, _ENTER, _EXIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,6 @@ def region_of(node: fx.Node) -> Region:
     return region
 
 
-def is_region_node(node: fx.Node) -> bool:
-    """Whether the node only switches a mode."""
-    return node.op == "call_function" and node.target in REGION_TARGETS
-
-
 def emit_regions(graph: fx.Graph) -> None:
     """Inserts the nodes that switch modes wherever the region of consecutive nodes differs. `graph` must hold none
     yet."""
@@ -87,8 +81,3 @@ def emit_regions(graph: fx.Graph) -> None:
         region = PLAIN if node.op == "output" else region_of(node)
         if region != current:
             switch(region, node)
-
-
-def compute_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that a plan places: no inputs, attributes, output or mode switches."""
-    return [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output") and not is_region_node(n)]

@@ -15,13 +15,11 @@ from profiler import accelerator
 
 PLAYED = tuple(name for name in TRAINING if not KINDS[name].several_stages_a_rank)
 """Schedules that `simulate` can play on any plan: they need one rank for each stage, as plans have."""
-"""Schedules that the planner does not optimise for: a plan is played under them as it is."""
 EXPORTS = ("torch", "torchtitan", "deepspeed", "megatron")
 CONVERSIONS = ("safetensors", "torch", "checkpoint")
 OBJECTIVES = ("step", "bottleneck")
 CONSTRAINTS = ("together", "alone", "first", "last")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-BYTES_PER_US_OF_A_GBPS = 125.0
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from autopipe.cli.options import BYTES_PER_US_OF_A_GBPS, CONSTRAINTS
+from autopipe.cli.options import CONSTRAINTS
 from autopipe.cluster import Cluster
 from autopipe.errors import ConfigError
 from autopipe.partition.cluster.device_layouts import on_cluster
 from autopipe.plan import Plan
 from autopipe.simulate import simulate
 from autopipe.simulate.reschedule import bubble_of
+from autopipe.units import BYTES_PER_US_OF_A_GBPS
 from profiler.records import LinkProfile
 
 
